@@ -1,0 +1,385 @@
+"""The HTTP edge: routes, problem answers, OpenAPI. What happens to an image is in `inspection`."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message
+
+from service import __version__
+from service.bundle import NAME_PATTERN
+from service.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    InvalidParameter,
+    NotReady,
+    ServiceError,
+    TooFewSamples,
+    TooLarge,
+    UnsupportedFormat,
+)
+from service.heatmap import Render
+from service.inspection import Inspected, Inspector
+from service.metrics import Metrics
+from service.middleware import RequestRecord
+from service.registry import Registry
+from service.schemas import (
+    CalibrationOut,
+    Inspection,
+    ModelOut,
+    NewCalibration,
+    Problem,
+    State,
+)
+from service.settings import Settings
+from service.store import Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PROBLEM_JSON = "application/problem+json"
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
+
+ModelName = Annotated[
+    str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
+]
+Version = Annotated[int | None, Query(ge=1, description="default: the newest at start")]
+
+_IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
+INSPECT_BODY = {
+    "required": True,
+    "content": {
+        "image/*": _IMAGE_BYTES,
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {"image": {"type": "string", "format": "binary"}},
+            }
+        },
+    },
+}
+CALIBRATE_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {
+                    "images": {
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                    }
+                },
+            }
+        }
+    },
+}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service, its models loaded and warm; raises ServiceError where they can't be."""
+    metrics = Metrics()
+    store = Store(settings.database_url)
+    registry = Registry(settings, store, metrics)
+    inspector = Inspector(registry, store, metrics, settings.max_image_pixels)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        inspector.close()
+        registry.close()
+        store.close()
+
+    app = FastAPI(
+        title="SK-RD4AD visual inspection",
+        version=__version__,
+        summary="Pass or fail, and where, with a promised false-positive rate.",
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=lifespan,
+    )
+    app.add_middleware(RequestRecord, metrics=metrics)
+    app.add_exception_handler(Exception, _answer_problem)
+    for kind in (ServiceError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_problem)
+
+    @app.post(
+        "/v1/inspect",
+        response_model=Inspection,
+        openapi_extra={"requestBody": INSPECT_BODY},
+        responses={
+            200: {"content": {"image/png": _IMAGE_BYTES}},
+            **_problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
+        },
+        tags=["inspection"],
+    )
+    async def inspect(
+        request: Request,
+        model: ModelName = None,
+        version: Version = None,
+        render: Annotated[
+            Render,
+            Query(
+                description="the picture: heatmap at the model's size, or overlay or "
+                "mask at the image's"
+            ),
+        ] = "heatmap",
+        threshold: Annotated[
+            float | None, Query(gt=0, le=1e6, description="instead of the calibration's")
+        ] = None,
+    ) -> Any:
+        """Score one image: pass or fail, and where. `Accept: image/png` returns the picture
+        itself, with the decision in headers."""
+        started = time.perf_counter()
+        as_png = _wants_png(request)
+        if as_png and render == "none":
+            raise InvalidParameter("render=none has no picture to return as image/png")
+        chosen = await registry.get(model, version)
+        with chosen.batcher.place():
+            async with _deadline(settings.request_timeout_s):
+                data = await _image_body(_limited(request, settings.max_image_bytes))
+                inspected = await _unless_departed(
+                    request,
+                    inspector.inspect(
+                        chosen,
+                        data,
+                        render=render,
+                        threshold=threshold,
+                        request_id=request.state.request_id,
+                        started=started,
+                        encode=not as_png,
+                    ),
+                )
+        if inspected is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return _picture_response(inspected) if as_png else _json(inspected.inspection)
+
+    @app.post(
+        "/v1/calibrate",
+        response_model=NewCalibration,
+        status_code=201,
+        openapi_extra={"requestBody": CALIBRATE_BODY},
+        responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
+        tags=["calibration"],
+    )
+    async def calibrate(
+        request: Request,
+        model: ModelName = None,
+        version: Version = None,
+        target_fpr: Annotated[
+            float, Query(gt=0, lt=1, description="the false-positive rate to promise")
+        ] = 0.01,
+        activate: Annotated[bool, Query(description="use it from the next inspection on")] = True,
+    ) -> Any:
+        """A threshold from pictures of normal parts that the model was not trained on."""
+        chosen = await registry.get(model, version)
+        async with _deadline(settings.calibration_timeout_s):
+            body = _limited(request, settings.max_calibration_bytes)
+            images = _calibration_images(body, settings.max_calibration_images)
+            try:
+                made = await inspector.calibrate(
+                    chosen, images, target_fpr=target_fpr, activate=activate
+                )
+            except ExceptionGroup as group:  # of the tasks that scored; the first tells enough
+                raise group.exceptions[0] from None
+        return _json(made, 201)
+
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> list[ModelOut]:
+        """The loaded models, with digest, threshold and calibration in force."""
+        return [ModelOut.of(loaded, registry.versions(loaded.name)) for loaded in registry.loaded()]
+
+    @app.get("/v1/calibrations", tags=["calibration"], responses=_problems(422))
+    async def calibrations(model: ModelName = None) -> list[CalibrationOut]:
+        """Calibrations that were made, newest first."""
+        stored = await asyncio.to_thread(store.list, model)
+        return [CalibrationOut.of(calibration) for calibration in stored]
+
+    @app.get("/livez", tags=["operation"])
+    async def livez() -> State:
+        """The process answers."""
+        return State(status="live")
+
+    @app.get("/readyz", tags=["operation"], responses=_problems(503))
+    async def readyz() -> State:
+        """Models are loaded and warm; 503 where there is none."""
+        loaded = registry.loaded()
+        if not loaded:
+            raise NotReady(f"no model: there is no bundle in {settings.models}")
+        providers = sorted({model.detector.provider for model in loaded})
+        return State(status="ready", detail=f"{len(loaded)} models on {', '.join(providers)}")
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    async def prometheus() -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"not answered within {seconds:g} s") from None
+
+
+async def _unless_departed(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None where the client left first, which cancels it.
+
+    Starlette doesn't cancel a handler whose client has gone. The body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    departure = asyncio.create_task(_departure(request))
+    try:
+        await asyncio.wait((task, departure), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        departure.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _limited(request: Request, limit: int) -> Request:
+    """The request, refusing its body as soon as it is known to pass the limit.
+
+    FastAPI's own limit answers a too large Content-Length in plain text, without a request id.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"the body has {declared} bytes; the limit is {limit}")
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise TooLarge(f"the body has at least {received} bytes; the limit is {limit}")
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def _image_body(request: Request) -> bytes:
+    """The encoded image of a raw `image/*` body or of the multipart field `image`."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=0) as form:
+            upload = form.get("image")
+            if not isinstance(upload, UploadFile):
+                raise InvalidImage("the multipart form has no file field `image`")
+            return await upload.read()
+    if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
+        return await request.body()
+    raise UnsupportedFormat(
+        f"Content-Type {content_type}: send the image as a raw body with Content-Type image/png "
+        "(image/jpeg, ...) or as the multipart field `image`"
+    )
+
+
+async def _calibration_images(request: Request, limit: int) -> AsyncIterator[tuple[str, bytes]]:
+    """(file name, bytes) of every multipart field `images`."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "multipart/form-data":
+        raise UnsupportedFormat(
+            f"Content-Type {content_type or '(none)'}: send multipart/form-data with one field "
+            "`images` for each file"
+        )
+    async with request.form(max_files=limit, max_fields=0) as form:
+        uploads = form.getlist("images")
+        strangers = sorted(set(form) - {"images"})
+        if strangers:
+            raise InvalidParameter(f"unknown field {strangers[0]!r}; the files go in `images`")
+        for number, upload in enumerate(uploads):
+            assert isinstance(upload, UploadFile)  # max_fields=0 leaves nothing but files
+            yield upload.filename or f"image {number}", await upload.read()
+
+
+def _wants_png(request: Request) -> bool:
+    accepted = [part.split(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
+    return "image/png" in accepted and "application/json" not in accepted
+
+
+def _json(content: Inspection | NewCalibration, status: int = 200) -> Response:
+    return Response(content.model_dump_json(), status, media_type="application/json")
+
+
+def _picture_response(inspected: Inspected) -> Response:
+    answer = inspected.inspection
+    headers = {
+        "X-Model": answer.model.name,
+        "X-Model-Version": str(answer.model.version),
+        "X-Model-Digest": answer.model.digest,
+        "X-Image-Sha256": answer.image.sha256,
+        "X-Score": repr(answer.score),
+        "X-Threshold": repr(answer.threshold),
+        "X-Threshold-Source": answer.threshold_source,
+        "X-Decision": answer.decision,
+        "X-P-Value": repr(answer.p_value),
+        "X-Calibration-Id": answer.calibration.id,
+        "X-Regions": str(len(answer.regions)),
+    }
+    return Response(inspected.picture, media_type="image/png", headers=headers)
+
+
+def _answer_problem(request: Request, error: Exception) -> Response:
+    """Any exception as RFC 9457 problem+json, with the status of the tree in `errors`."""
+    extra: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    if isinstance(error, ServiceError):
+        kind, title, status, detail = type(error).__name__, error.title, error.status, str(error)
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, TooFewSamples):
+            extra = {"samples": error.samples, "min_samples_needed": error.needed}
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        kind, title, status = "InvalidParameter", InvalidParameter.title, InvalidParameter.status
+        detail = f"{first['loc'][-1]} = {first.get('input')!r}: {first['msg']}"
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        title = HTTPStatus(status).phrase
+        kind = title.title().replace(" ", "")
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        headers = dict(error.headers or {})
+    else:
+        log.error("request_id=%s failed", request.state.request_id, exc_info=error)
+        kind, title, status = "Internal", "Internal error", 500
+        detail = "the service failed; its log has the reason under this request_id"
+    if status >= 500 and isinstance(error, ServiceError):
+        log.error("request_id=%s %s: %s", request.state.request_id, kind, detail)
+    slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
+    problem = Problem(
+        type=f"urn:skrd4ad:problem:{slug}",
+        title=title,
+        status=status,
+        detail=detail,
+        request_id=request.state.request_id,
+        **extra,
+    )
+    return JSONResponse(problem.model_dump(), status, headers, media_type=PROBLEM_JSON)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the errors that a route can answer with."""
+    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    return {status: {"model": Problem, "content": {PROBLEM_JSON: schema}} for status in statuses}

@@ -1,0 +1,86 @@
+"""Everything that can be refused, and the HTTP status each refusal has.
+
+ServiceError
+├── InvalidImage            400  the bytes are no readable image
+├── UnknownModel            404  no such model or version
+├── DigestMismatch          409  a calibration belongs to another graph
+├── TooLarge                413  bytes or pixels beyond the limit
+├── UnsupportedFormat       415  an image format or pixel type that is not read
+├── InvalidParameter        422  a parameter out of its bounds
+│   └── TooFewSamples       422  the asked rate needs more normal images
+├── Overloaded              429  the queue is full (Retry-After)
+├── InferenceFailed         500  the runtime raised while scoring
+├── NotReady                503  no model yet, or shutting down (Retry-After)
+├── DeadlineExceeded        504  not answered in time
+├── BundleError                  at start: manifest, digest or graph interface
+├── DeviceUnavailable            at start: the named device can't be had
+└── SettingsError                at start: settings that contradict each other
+"""
+
+
+class ServiceError(Exception):
+    """A refusal that names the offending value and the limit."""
+
+    status = 500
+    title = "Internal error"
+    retry_after_s: int | None = None
+
+
+class InvalidImage(ServiceError):
+    status, title = 400, "Image can't be decoded"
+
+
+class UnknownModel(ServiceError):
+    status, title = 404, "Unknown model"
+
+
+class DigestMismatch(ServiceError):
+    status, title = 409, "Calibration belongs to another graph"
+
+
+class TooLarge(ServiceError):
+    status, title = 413, "Too large"
+
+
+class UnsupportedFormat(ServiceError):
+    status, title = 415, "Unsupported format"
+
+
+class InvalidParameter(ServiceError):
+    status, title = 422, "Invalid parameter"
+
+
+class TooFewSamples(InvalidParameter):
+    title = "Too few samples"
+
+    def __init__(self, message: str, *, samples: int, needed: int) -> None:
+        super().__init__(message)
+        self.samples, self.needed = samples, needed
+
+
+class Overloaded(ServiceError):
+    status, title, retry_after_s = 429, "Queue is full", 1
+
+
+class InferenceFailed(ServiceError):
+    status, title = 500, "Inference failed"
+
+
+class NotReady(ServiceError):
+    status, title, retry_after_s = 503, "Not ready", 5
+
+
+class DeadlineExceeded(ServiceError):
+    status, title = 504, "Deadline exceeded"
+
+
+class BundleError(ServiceError):
+    title = "Bundle can't be used"
+
+
+class DeviceUnavailable(ServiceError):
+    title = "Device can't be had"
+
+
+class SettingsError(ServiceError):
+    title = "Settings contradict each other"

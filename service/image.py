@@ -1,0 +1,108 @@
+"""The only way in for pixels: encoded bytes -> RGB (H, W, 3) -> the model's size.
+
+Training, evaluation, calibration and inspection all call `decode` and `resize`, so a score
+depends on the picture alone and not on who looked at it. EXIF orientation is applied, alpha is
+dropped, gray is repeated, 16 bits are scaled to 8 by dropping the low byte.
+"""
+
+import hashlib
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from service.errors import InvalidImage, TooLarge, UnsupportedFormat
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 50_000_000
+
+# Refusals are reported by us, with names; OpenCV would also print each to stderr.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# Our own limit is checked before any decoding; Pillow's would only warn, and later.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Header:
+    format: str
+    width: int  # as stored, before EXIF orientation
+    height: int
+    mode: str
+
+
+def read_header(data: bytes) -> Header:
+    """The format, by magic bytes, and the size of an encoded image, without decoding it.
+
+    Raises InvalidImage for no image at all and UnsupportedFormat for formats that are not read.
+    """
+    if not data:
+        raise InvalidImage("the image is empty: 0 bytes")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            header = Header(image.format or "", image.width, image.height, image.mode)
+    except UnidentifiedImageError:
+        raise InvalidImage(
+            f"the {len(data)} bytes are not an image in {', '.join(FORMATS)} (by content, "
+            "whatever the name or Content-Type says)"
+        ) from None
+    except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, ArithmeticError) as error:
+        raise InvalidImage(f"the image's header is damaged: {error}") from None
+    if header.format not in FORMATS:
+        raise UnsupportedFormat(f"format {header.format} is not read; use {', '.join(FORMATS)}")
+    return header
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of an encoded image; of several frames, the first.
+
+    Raises InvalidImage, UnsupportedFormat or TooLarge (the header says more than `max_pixels`).
+    Holds no lock of Python's while decoding.
+    """
+    header = read_header(data)
+    if header.width * header.height > max_pixels:
+        raise TooLarge(
+            f"the image has {header.width}x{header.height} = {header.width * header.height} "
+            f"pixels; the limit is {max_pixels}"
+        )
+    if header.mode == "F" or (header.mode == "I" and header.format == "TIFF"):
+        raise UnsupportedFormat(
+            f"{header.format} with 32-bit samples has no defined white; store 8 or 16 bits"
+        )
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise InvalidImage(
+            f"the {header.format} of {header.width}x{header.height} is truncated or damaged"
+        )
+    return np.asarray(pixels, np.uint8)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """RGB uint8 (h, w, 3) at `size` = (height, width): antialiased bilinear, aspect not kept."""
+    height, width = size
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of an image file; an error of `decode` or OSError."""
+    return decode(path.read_bytes(), max_pixels)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of encoded bytes, in hexadecimal: how images and graphs are named in records."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_image_name(name: str | os.PathLike[str]) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith(".")

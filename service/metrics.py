@@ -1,0 +1,66 @@
+"""What Prometheus sees. One registry for each app, so that tests and processes don't share."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "skrd4ad_requests_total",
+            "HTTP requests answered.",
+            ["method", "route", "status"],
+            registry=registry,
+        )
+        self.stage_duration = Histogram(
+            "skrd4ad_stage_duration_seconds",
+            "Time of an inspection by stage: decode, queue, infer, render, total.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.queue_size = Gauge(
+            "skrd4ad_queue_size", "Images waiting for the device.", registry=registry
+        )
+        self.batch_size = Histogram(
+            "skrd4ad_batch_size",
+            "Images in one run of the graph.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=registry,
+        )
+        self.image_score = Histogram(
+            "skrd4ad_image_score",
+            "Image scores of inspections.",
+            ["model"],
+            buckets=[i / 20 for i in range(1, 61)],  # a map sums three distances of at most 1
+            registry=registry,
+        )
+        self.decisions = Counter(
+            "skrd4ad_decisions_total",
+            "Inspections by decision.",
+            ["model", "decision"],
+            registry=registry,
+        )
+        self.threshold = Gauge(
+            "skrd4ad_threshold", "Threshold in force.", ["model"], registry=registry
+        )
+        self.calibration_samples = Gauge(
+            "skrd4ad_calibration_samples",
+            "Normal images behind the threshold in force.",
+            ["model"],
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "skrd4ad_model_info",
+            "Loaded models; always 1.",
+            ["model", "version", "digest", "architecture", "backbone"],
+            registry=registry,
+        )
+        self.provider_info = Gauge(
+            "skrd4ad_provider_info",
+            "ONNX Runtime's execution provider in use; always 1.",
+            ["provider"],
+            registry=registry,
+        )

@@ -1,0 +1,94 @@
+"""Every knob of the service, read from the environment (`SKRD4AD_*`) and overridden by flags."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.detector import Device
+from service.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """Made once in `__main__` (or by a test) and handed to `create_app`; never at import."""
+
+    model_config = SettingsConfigDict(env_prefix="SKRD4AD_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8000, description="Port to listen on; 0 takes a free one."
+    )
+    models: Path = Field(Path("models"), description="Folder of bundles, `<name>/<version>/`.")
+    device: Device = Field(
+        "auto", description="`cuda`, `openvino`, `cpu`, or `auto`: CUDA where it loads, else CPU."
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="Threads of one inference on the CPU; 0 is one per core."
+    )
+    database_url: str = Field(
+        "sqlite:///state/skrd4ad.sqlite", description="Where calibrations are kept."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Listen beyond loopback although every caller may inspect and calibrate."
+    )
+    max_batch_size: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="Most images in one run of the graph."
+    )
+    max_queue: Annotated[int, Field(ge=1)] = Field(
+        64, description="Most inspections accepted and not yet answered; beyond it: 429."
+    )
+    request_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="Deadline of an inspection; beyond it: 504."
+    )
+    calibration_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        900.0, description="Deadline of a calibration; beyond it: 504."
+    )
+    max_image_bytes: Annotated[int, Field(ge=1)] = Field(
+        32 * 2**20, description="Largest body of an inspection; beyond it: 413."
+    )
+    max_image_pixels: Annotated[int, Field(ge=1)] = Field(
+        50_000_000, description="Most pixels of one image, checked before decoding; beyond it: 413."
+    )
+    max_calibration_bytes: Annotated[int, Field(ge=1)] = Field(
+        2 * 2**30, description="Largest body of a calibration; beyond it: 413."
+    )
+    max_calibration_images: Annotated[int, Field(ge=1)] = Field(
+        2000, description="Most images in one calibration; beyond it: 400."
+    )
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
+        "info", description="`debug`, `info`, `warning` or `error`."
+    )
+
+
+def load(**overrides: object) -> Settings:
+    """Settings of the environment and `overrides`; raises SettingsError naming variable and value.
+
+    Refuses to listen beyond loopback unless told so in so many words: there are no API keys yet.
+    """
+    try:
+        settings = Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise SettingsError(
+            f"--{name.replace('_', '-')} (SKRD4AD_{name.upper()}) = {first['input']!r}: "
+            f"{first['msg']}"
+        ) from None
+    if not settings.allow_anonymous and not is_loopback(settings.host):
+        raise SettingsError(
+            f"host {settings.host} is reachable from other machines, and anybody there could "
+            "inspect and calibrate: set SKRD4AD_ALLOW_ANONYMOUS=true if that is meant, or listen "
+            "on 127.0.0.1 behind a proxy that authenticates"
+        )
+    return settings
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

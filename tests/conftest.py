@@ -1,0 +1,173 @@
+"""A bundle whose graph is small enough to know its answers by heart, and a service around it.
+
+The graph's anomaly map is the image's brightness (mean of RGB, 0 to 1), so a bright spot on a dark
+picture is an anomaly of known score, place and size. It is run by the real ONNX Runtime.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from fastapi.testclient import TestClient
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from service import bundle as bundles
+from service.app import create_app
+from service.bundle import (
+    Bundle,
+    Graph,
+    HeldOutImage,
+    Manifest,
+    Network,
+    Teacher,
+    TrainingData,
+)
+from service.image import digest
+from service.settings import Settings
+
+SIZE = (64, 96)  # height, width: not square, so that swapped axes show
+
+
+def brightness_graph(size: tuple[int, int] = SIZE, *, output: str = "anomaly_map") -> bytes:
+    """image uint8 (N, h, w, 3) -> mean of RGB / 255 and its maximum."""
+    scale = numpy_helper.from_array(np.array(1 / 255, np.float32), "scale")
+    channel = numpy_helper.from_array(np.array([3], np.int64), "channel")
+    places = numpy_helper.from_array(np.array([1, 2], np.int64), "places")
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "scale"], ["scaled"]),
+        helper.make_node("ReduceMean", ["scaled", "channel"], [output], keepdims=0),
+        helper.make_node("ReduceMax", [output, "places"], ["image_score"], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "brightness",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", *size, 3])],
+        [
+            helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", *size]),
+            helper.make_tensor_value_info("image_score", TensorProto.FLOAT, ["batch"]),
+        ],
+        [scale, channel, places],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def manifest_of(
+    graph: bytes,
+    *,
+    name: str = "part",
+    version: int = 1,
+    scores: tuple[float, ...] = tuple(np.linspace(0.1, 0.3, 99)),
+    size: tuple[int, int] = SIZE,
+) -> Manifest:
+    return Manifest(
+        name=name,
+        version=version,
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        image_size=size,
+        graph=Graph(
+            sha256=digest(graph), opset=20, weights="float32", parity=0.0, weight_rounding=0.0
+        ),
+        network=Network(
+            architecture="sk-rd4ad",
+            backbone="resnet18",
+            skips="sk",
+            consistency_rate=0.005,
+            embedding_planes=512,
+        ),
+        teacher=Teacher(origin="test", sha256="0" * 64, licence="Apache-2.0"),
+        data=TrainingData(
+            fingerprint="1" * 64,
+            trained=100,
+            held_out=[
+                HeldOutImage(file=f"train/good/{i:03}.png", sha256=f"{i:064x}", score=float(score))
+                for i, score in enumerate(scores)
+            ],
+        ),
+        training={"epochs": 1},
+        metrics={"loss": 0.1},
+    )
+
+
+@pytest.fixture
+def write_bundle(tmp_path: Path) -> Callable[..., Bundle]:
+    """Writes the brightness graph as a bundle below `tmp_path/models`."""
+
+    def write(
+        name: str = "part", version: int = 1, graph: bytes | None = None, **manifest: object
+    ) -> Bundle:
+        graph = graph or brightness_graph()
+        folder = tmp_path / "models" / name / str(version)
+        written = manifest_of(graph, name=name, version=version, **manifest)  # type: ignore[arg-type]
+        bundles.write(folder, written, graph)
+        return Bundle(folder)
+
+    return write
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "models").mkdir(exist_ok=True)
+    return Settings(
+        models=tmp_path / "models",
+        database_url=f"sqlite:///{tmp_path / 'state' / 'service.sqlite'}",
+        device="cpu",
+        threads=1,
+    )
+
+
+@pytest.fixture
+def client(settings: Settings, write_bundle: Callable[..., Bundle]) -> Iterator[TestClient]:
+    """The real app with one model, `part`, whose default threshold lies just above 0.3."""
+    write_bundle()
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def picture(brightness: float = 0.1, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """A flat RGB image (h, w, 3)."""
+    return np.full((*size, 3), round(255 * brightness), np.uint8)
+
+
+def spotted(brightness: float = 0.9) -> np.ndarray:
+    """A dark image with a bright rectangle: columns 30 to 49, rows 20 to 29."""
+    pixels = picture(0.1)
+    pixels[20:30, 30:50] = round(255 * brightness)
+    return pixels
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def inspect(client: TestClient, data: bytes, **query: object):
+    """POST a PNG to /v1/inspect."""
+    return client.post(
+        "/v1/inspect", content=data, params=query, headers={"Content-Type": "image/png"}
+    )
+
+
+def calibrate(client: TestClient, images: list[tuple[str, bytes]], **query: object):
+    """POST (name, bytes) pairs to /v1/calibrate."""
+    files = [("images", (name, data, "image/png")) for name, data in images]
+    return client.post("/v1/calibrate", files=files, params=query)
+
+
+def normal_pictures(count: int) -> list[tuple[str, bytes]]:
+    """Distinct dark images, brightness rising from 0.10 to 0.20 of 1."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for number in range(count):
+        pixels = picture(0.1 + 0.1 * number / max(count - 1, 1))
+        pixels[..., 0] -= rng.integers(0, 3, SIZE, np.uint8)
+        pictures.append((f"{number:03}.png", encoded(pixels)))
+    return pictures

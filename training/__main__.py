@@ -1,0 +1,283 @@
+"""The command line of training: `python -m training <command> --help`."""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from service.errors import ServiceError
+from training import checkpoint as checkpoints
+from training.checkpoint import Settings
+from training.errors import TrainingError
+from training.model import ARCHITECTURES, BACKBONES
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for chatty in ("onnxscript", "onnx_ir", "torch.onnx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except (TrainingError, ServiceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_export(commands)
+    _add_evaluate(commands)
+    _add_rehearse(commands)
+    _add_synthetic(commands)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="normal images -> checkpoint",
+        description="Train on normal images alone; writes MODELS/NAME/checkpoint.",
+        # Only flags that were given appear, so that --resume can tell them from defaults.
+        argument_default=argparse.SUPPRESS,
+    )
+    default = {field.name: field.default for field in fields(Settings)}
+    add = parser.add_argument
+    add("--data", required=True, help="MVTec layout, or any folder of normal images")
+    add("--name", required=True, help="the model's name: a product or a view")
+    add("--models", help="folder of all models (default: models)")
+    add("--architecture", choices=ARCHITECTURES, help="default: sk-rd4ad")
+    add("--skips", choices=("none", "sk", "gated"), help="default: the architecture's")
+    add("--consistency-rate", type=float, metavar="RATE", help="default: the architecture's")
+    add("--backbone", choices=BACKBONES, help=f"default: {default['backbone']}")
+    add("--teacher-weights", metavar="hub|FILE", help="ImageNet weights by timm, or a file")
+    add("--embedding-planes", type=positive, metavar="N", help="default: 512, as published")
+    add("--image-size", type=positive, nargs="+", metavar=("H", "W"), help="default: 256 256")
+    add("--epochs", type=positive, help=f"default: {default['epochs']}")
+    add("--batch-size", type=positive, help=f"default: {default['batch_size']}")
+    add("--lr", type=float, help=f"default: {default['lr']}")
+    add("--seed", type=int, help=f"default: {default['seed']}")
+    add("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: float32 on the CPU, bfloat16 on CUDA (float16 where it lacks that)",
+    )
+    add("--save-every", type=positive, metavar="EPOCHS", help=f"default: {default['save_every']}")
+    add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
+    add("--resume", action="store_true", help="go on with the run that was interrupted")
+    add("--overwrite", action="store_true", help="start anew where a run exists")
+    parser.set_defaults(command=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from training.train import train
+
+    given = vars(arguments)
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    given.pop("command")
+    run = train(_settings(given, resume), resume=resume, overwrite=overwrite)
+    if not run.finished:
+        print(
+            f"stopped at epoch {run.epoch} of {run.settings.epochs}, saved in "
+            f"{run.settings.folder}; go on with --resume"
+        )
+        return INTERRUPTED
+    models = "" if run.settings.models == "models" else f" --models {run.settings.models}"
+    print(
+        f"trained {run.settings.epochs} epochs, last loss {run.losses[-1]:.4f}; next:\n"
+        f"  python -m training export --name {run.settings.name}{models}"
+    )
+    return 0
+
+
+def _settings(given: dict[str, object], resume: bool) -> Settings:
+    if "image_size" in given:
+        given["image_size"] = image_size(given["image_size"])  # type: ignore[arg-type]
+    asked = Settings(**given)  # type: ignore[arg-type]
+    if not resume:
+        skips, rate = ARCHITECTURES[asked.architecture]
+        return replace(
+            asked,
+            skips=str(given.get("skips", skips)),
+            consistency_rate=float(given.get("consistency_rate", rate)),  # type: ignore[arg-type]
+        )
+    saved = checkpoints.read(asked.folder).settings
+    # What may differ: where files lie, what computes, and how long to go on.
+    free = {"data", "models", "device", "epochs", "save_every", "strict"}
+    for name, value in given.items():
+        if name not in free and value != getattr(saved, name):
+            raise TrainingError(
+                f"--resume: {name} {value} contradicts the run's {getattr(saved, name)}"
+            )
+    return replace(saved, **{name: value for name, value in given.items() if name in free})  # type: ignore[arg-type]
+
+
+def image_size(sides: list[int]) -> tuple[int, int]:
+    """(height, width) of one or two sides; each a multiple of 32, as the networks need."""
+    if len(sides) > 2:
+        raise TrainingError(f"--image-size takes a height and a width, got {len(sides)} numbers")
+    for side in sides:
+        if side % 32 or not 32 <= side <= 4096:
+            raise TrainingError(f"--image-size {side}: must be a multiple of 32 from 32 to 4096")
+    return sides[0], sides[-1]
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="checkpoint -> bundle",
+        description="Fuse teacher, bottleneck and decoder into one checked ONNX graph; writes the "
+        "bundle MODELS/NAME/VERSION.",
+    )
+    add = parser.add_argument
+    add("--name", required=True, help="the model's name")
+    add("--models", type=Path, default=Path("models"), help="default: models")
+    add("--version", type=positive, help="default: one more than the newest")
+    add(
+        "--weights",
+        choices=("float32", "float16"),
+        default="float32",
+        help="how weights are stored; float16 halves the file (default: float32)",
+    )
+    add("--data", type=Path, help="where the run's data lie now, if they were moved")
+    parser.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from training.export import export
+
+    bundle = export(
+        arguments.models,
+        arguments.name,
+        version=arguments.version,
+        weights=arguments.weights,
+        data_folder=arguments.data,
+    )
+    calibration, graph = bundle.default_calibration(), bundle.manifest.graph
+    print(
+        f"wrote {bundle.folder}: {len(bundle.graph) / 1e6:.1f} MB, opset {graph.opset}, "
+        f"difference from torch {graph.parity:.1e}\n"
+        f"default threshold {calibration.threshold:.4f} at a false-positive rate of "
+        f"{calibration.target_fpr:.3g}, from {calibration.samples} held-out normal images"
+    )
+    if calibration.target_fpr > 0.01:
+        print("that is the finest rate they allow: 0.01 needs 99 held-out images")
+    return 0
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="bundle + labelled images -> metrics",
+        description="Score DATA/test (MVTec layout) through the serving code.",
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder with test/good, test/...")
+    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add("--json", type=Path, metavar="FILE", help="write everything here as well")
+    add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from training.evaluate import evaluate, table
+
+    report = evaluate(
+        arguments.bundle, arguments.data, device=arguments.device, strict=arguments.strict
+    )
+    print(table(report))
+    _write_json(arguments.json, report.as_dict())
+    return 0
+
+
+def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "rehearse",
+        help="bundle + labelled images -> the real service's answers over HTTP",
+        description="Evaluate a bundle, start the service with it, calibrate over HTTP with the "
+        "held-out normal images, inspect every test image over HTTP, and compare.",
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
+    add("--data", type=Path, required=True, metavar="DIR", help="the data it was trained on")
+    add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
+    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
+    add("--json", type=Path, metavar="FILE", help="write everything here as well")
+    parser.set_defaults(command=_rehearse)
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from training import evaluate, rehearsal
+
+    result = rehearsal.rehearse(
+        arguments.bundle,
+        arguments.data,
+        target_fpr=arguments.target_fpr,
+        device=arguments.device,
+        pictures=arguments.pictures,
+    )
+    print(evaluate.table(result.evaluation))
+    print(rehearsal.table(result))
+    if arguments.pictures:
+        print(f"pictures in {arguments.pictures}")
+    _write_json(arguments.json, result.as_dict())
+    return 0
+
+
+def _add_synthetic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "synthetic",
+        help="draw a labelled data set of a procedural part",
+        description="Draw normal and defective pictures of a procedural part, MVTec layout.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--train", type=positive, default=200, help="normal images to train on (default: 200)")
+    add("--test-normal", type=positive, default=40, help="default: 40")
+    add("--test-per-defect", type=positive, default=8, help="default: 8")
+    add("--size", type=positive, default=512, help="side of each picture (default: 512)")
+    add("--seed", type=int, default=0)
+    parser.set_defaults(command=_synthetic)
+
+
+def _synthetic(arguments: argparse.Namespace) -> int:
+    from training.synthetic import write_dataset
+
+    write_dataset(
+        arguments.out,
+        train=arguments.train,
+        test_normal=arguments.test_normal,
+        test_per_defect=arguments.test_per_defect,
+        size=arguments.size,
+        seed=arguments.seed,
+    )
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _write_json(path: Path | None, record: dict[str, object]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Folders of pictures -> arrays at the model's size, through the service's own decoding."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from service import image
+from service.errors import ServiceError
+from training.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, by path."""
+    return sorted(p for p in folder.rglob("*") if image.is_image_name(p) and p.is_file())
+
+
+def normal_images(data: Path) -> list[Path]:
+    """The normal images to train on: `train/good` of the MVTec layout, else all below `data`.
+
+    Raises TrainingError where there are none, or where `train/` holds defects as well.
+    """
+    if not data.is_dir():
+        raise TrainingError(f"data folder {data}: no such folder")
+    if (data / "train").is_dir():
+        folder = data / "train" / "good"
+    elif (data / "test").is_dir() or (data / "ground_truth").is_dir():
+        raise TrainingError(f"{data} has test images but no train/good to train on")
+    else:
+        folder = data
+    paths = find_images(folder) if folder.is_dir() else []
+    if not paths:
+        raise TrainingError(f"{folder}: no images ({', '.join(image.SUFFIXES)})")
+    return paths
+
+
+@dataclass(frozen=True)
+class TestImage:
+    """One labelled image; `mask` is None for normal images and where no mask file exists."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    path: Path
+    kind: str  # "good" or the defect's folder name
+    mask: Path | None
+
+    @property
+    def anomalous(self) -> bool:
+        return self.kind != "good"
+
+
+def test_images(data: Path) -> list[TestImage]:
+    """The labelled test images of a folder in MVTec layout.
+
+    Raises TrainingError where there is no `test/` with normal and anomalous images.
+    """
+    root = data / "test"
+    if not root.is_dir():
+        raise TrainingError(f"{root}: no such folder; expected test/good and test/<defect>")
+    found = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        for path in find_images(folder):
+            mask = _mask_of(data, folder.name, path) if folder.name != "good" else None
+            found.append(TestImage(path, folder.name, mask))
+    if not any(t.anomalous for t in found) or all(t.anomalous for t in found):
+        raise TrainingError(f"{root}: needs images in test/good and in at least one test/<defect>")
+    return found
+
+
+test_images.__test__ = False  # type: ignore[attr-defined]
+
+
+def _mask_of(data: Path, kind: str, path: Path) -> Path | None:
+    folder = data / "ground_truth" / kind
+    for stem in (f"{path.stem}_mask", path.stem):
+        for suffix in (".png", ".bmp", ".tif", ".tiff", path.suffix):
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    return None
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(mask as stored (H, W), mask at `size` = (height, width)), boolean.
+
+    Every non-zero pixel of the file is defect; a pixel at `size` is defect where at least half of
+    its area is. Raises TrainingError for an unreadable file.
+    """
+    pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_GRAYSCALE)
+    if pixels is None:
+        raise TrainingError(f"mask {path}: can't be decoded")
+    stored = np.asarray(pixels > 0)
+    shrinks = stored.shape[0] >= size[0] and stored.shape[1] >= size[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    share = cv2.resize(stored.astype(np.float32), (size[1], size[0]), interpolation=method)
+    return stored, np.asarray(share >= 0.5)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images at the model's size, kept in memory: 196 KB each at 256 x 256."""
+
+    paths: list[Path]
+    pixels: np.ndarray  # uint8 (N, h, w, 3)
+    digests: list[str]  # SHA-256 of each file
+    failed: dict[Path, str]
+
+
+def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -> Images:
+    """Decode and resize files with all cores; unreadable ones are named and skipped.
+
+    Raises TrainingError under `strict`, or where nothing is left.
+    """
+
+    def load_one(path: Path) -> tuple[np.ndarray, str] | str:
+        try:
+            data = path.read_bytes()
+            return image.resize(image.decode(data), size), image.digest(data)
+        except (ServiceError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(
+            tqdm(pool.map(load_one, paths), total=len(paths), desc=f"reading {what}", unit="image")
+        )
+    failed = {p: r for p, r in zip(paths, results, strict=True) if isinstance(r, str)}
+    for path, reason in failed.items():
+        if strict:
+            raise TrainingError(f"{path}: {reason} (--strict)")
+        log.warning("skipped %s: %s", path, reason)
+    good = [(p, *r) for p, r in zip(paths, results, strict=True) if not isinstance(r, str)]
+    if not good:
+        raise TrainingError(f"none of the {len(paths)} {what} could be read")
+    kept, pixels, digests = zip(*good, strict=True)
+    return Images(list(kept), np.stack(pixels), list(digests), failed)
+
+
+def hold_out(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(indices to train on, indices held out) of `count` normal images, chosen by seed.
+
+    15 % are held out; at least 20 of 100 or more, so that a 5 % false-positive rate can be
+    promised. Raises TrainingError where fewer than 2 images would be left to train on.
+    """
+    held = max(1, round(0.15 * count))
+    if count >= 100:
+        held = max(held, 20)
+    if count - held < 2:
+        raise TrainingError(f"{count} normal images are too few: at least 3 are needed")
+    order = np.random.default_rng(seed).permutation(count)
+    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
+
+
+def fingerprint(digests: Iterable[str]) -> str:
+    """One SHA-256 for a set of files, whatever their names and order."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

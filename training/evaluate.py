@@ -1,0 +1,220 @@
+"""A bundle, through the serving code, on a labelled folder in MVTec layout."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from service.bundle import Bundle
+from service.calibration import decide
+from service.detector import Detector, Device, Prediction
+from training import data
+from training.data import TestImage
+from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of how many, with the exact (Clopper-Pearson) 95 % interval."""
+
+    count: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.total
+
+    def interval(self) -> tuple[float, float]:
+        found = binomtest(self.count, self.total).proportion_ci(0.95, method="exact")
+        return float(found.low), float(found.high)
+
+    def as_dict(self) -> dict[str, object]:
+        return {**asdict(self), "rate": self.rate, "interval_95": self.interval()}
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{self.count}/{self.total} = {self.rate:.3f} [{low:.3f}, {high:.3f}]"
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """One defect type against all normal images."""
+
+    auroc: float
+    detected: Rate
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What became of the masks of anomalous images; only `used` ones count in pixel metrics."""
+
+    used: int
+    missing: list[str]  # no mask file
+    empty: list[str]  # no defect pixel in the file
+    vanished: list[str]  # none left at the map's size
+
+
+@dataclass(frozen=True)
+class Report:
+    bundle: str
+    digest: str
+    images: int
+    threshold: float
+    target_fpr: float
+    image: ImageMetrics
+    false_positives: Rate
+    kinds: dict[str, KindReport]
+    pixel: PixelMetrics | None
+    masks: MaskReport
+    failed: dict[str, str]
+    scores: dict[str, float]  # by path below the data folder
+
+    def as_dict(self) -> dict[str, object]:
+        record = asdict(self)
+        record["false_positives"] = self.false_positives.as_dict()
+        for kind, report in self.kinds.items():
+            record["kinds"][kind]["detected"] = report.detected.as_dict()
+        return record
+
+
+def evaluate(folder: Path, root: Path, *, device: Device = "auto", strict: bool = False) -> Report:
+    """Metrics of the bundle in `folder` on the test images of `root`.
+
+    Raises TrainingError for a folder without labelled images, and BundleError.
+    """
+    bundle = Bundle(folder)
+    tests = data.test_images(root)
+    size = bundle.manifest.image_size
+    loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
+    by_path = {t.path: t for t in tests}
+    tests = [by_path[path] for path in loaded.paths]
+    detector = Detector(bundle.graph, size, device)
+    predictions = _predict(detector, loaded.pixels)
+    masks, mask_report = _read_masks(tests, root, size)
+
+    calibration = bundle.default_calibration()
+    scores = np.array([p.score for p in predictions])
+    report = score_report(tests, scores, calibration.threshold)
+    kept = [i for i, mask in enumerate(masks) if mask is not None]
+    pixel = None
+    if mask_report.used:
+        maps = np.stack([predictions[i].anomaly_map for i in kept])
+        pixel = pixel_metrics(maps, np.stack([m for m in masks if m is not None]))
+    return Report(
+        bundle=f"{bundle.name}/{bundle.version}",
+        digest=bundle.digest,
+        images=len(tests),
+        threshold=calibration.threshold,
+        target_fpr=calibration.target_fpr,
+        image=report.image,
+        false_positives=report.false_positives,
+        kinds=report.kinds,
+        pixel=pixel,
+        masks=mask_report,
+        failed={str(p.relative_to(root)): reason for p, reason in loaded.failed.items()},
+        scores={
+            str(t.path.relative_to(root)): float(s) for t, s in zip(tests, scores, strict=True)
+        },
+    )
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """What image scores alone tell."""
+
+    image: ImageMetrics
+    false_positives: Rate
+    kinds: dict[str, KindReport]
+
+
+def score_report(tests: list[TestImage], scores: np.ndarray, threshold: float) -> ScoreReport:
+    """Image metrics and decisions of labelled images from their scores, wherever computed."""
+    anomalous = np.array([t.anomalous for t in tests])
+    decisions = np.array([decide(s, threshold) == "anomalous" for s in scores])
+    kinds = {}
+    for kind in sorted({t.kind for t in tests if t.anomalous}):
+        of_kind = np.array([t.kind == kind for t in tests])
+        either = of_kind | ~anomalous
+        kinds[kind] = KindReport(
+            auroc=image_metrics(scores[either], anomalous[either]).auroc,
+            detected=Rate(int(decisions[of_kind].sum()), int(of_kind.sum())),
+        )
+    return ScoreReport(
+        image=image_metrics(scores, anomalous),
+        false_positives=Rate(int(decisions[~anomalous].sum()), int((~anomalous).sum())),
+        kinds=kinds,
+    )
+
+
+def table(report: Report) -> str:
+    """The report as text for a terminal."""
+    pixel, masks = report.pixel, report.masks
+    lines = [
+        f"{report.bundle} ({report.digest[:12]}) on {report.images} images",
+        f"  image AUROC {report.image.auroc:.4f}   AP {report.image.average_precision:.4f}   "
+        f"F1-max {report.image.f1_max:.4f} at {report.image.f1_max_threshold:.4f}",
+        _pixel_line(pixel),
+        f"  masks: {masks.used} used, {len(masks.missing)} missing, {len(masks.empty)} empty, "
+        f"{len(masks.vanished)} vanished at the map's size (left out of pixel metrics)",
+        f"  at threshold {report.threshold:.4f} (target false-positive rate "
+        f"{report.target_fpr:.3g}):",
+        f"    false positives {report.false_positives}",
+    ]
+    width = max(len(kind) for kind in report.kinds)
+    lines += [
+        f"    {kind:{width}}  detected {found.detected}   AUROC {found.auroc:.4f}"
+        for kind, found in report.kinds.items()
+    ]
+    lines += [f"  unreadable: {name}: {reason}" for name, reason in report.failed.items()]
+    return "\n".join(lines)
+
+
+def _pixel_line(pixel: PixelMetrics | None) -> str:
+    if pixel is None:
+        return "  no masks: no pixel metrics"
+    return (
+        f"  pixel AUROC {pixel.auroc:.4f}   AUPRO@0.3 {pixel.aupro:.4f} over "
+        f"{pixel.regions} regions"
+    )
+
+
+def _predict(detector: Detector, pixels: np.ndarray) -> list[Prediction]:
+    predictions: list[Prediction] = []
+    with tqdm(total=len(pixels), desc="scoring", unit="image") as bar:
+        for start in range(0, len(pixels), 8):
+            batch = detector.run(pixels[start : start + 8])
+            predictions += batch
+            bar.update(len(batch))
+    return predictions
+
+
+def _read_masks(
+    tests: list[TestImage], root: Path, size: tuple[int, int]
+) -> tuple[list[np.ndarray | None], MaskReport]:
+    """The mask (h, w) of each image at the map's size; None for those that pixel metrics skip."""
+    masks: list[np.ndarray | None] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    used = 0
+    for test in tests:
+        if not test.anomalous:
+            masks.append(np.zeros(size, bool))
+            continue
+        mask, fate = _read_mask(test, size)
+        masks.append(mask if fate == "used" else None)
+        if fate == "used":
+            used += 1
+        else:
+            left_out[fate].append(str(test.path.relative_to(root)))
+    return masks, MaskReport(used, left_out["missing"], left_out["empty"], left_out["vanished"])
+
+
+def _read_mask(test: TestImage, size: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+    if test.mask is None:
+        return None, "missing"
+    full, mask = data.read_mask(test.mask, size)
+    if mask.any():
+        return mask, "used"
+    return None, "vanished" if full.any() else "empty"

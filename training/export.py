@@ -1,0 +1,254 @@
+"""Checkpoint -> one fused, checked ONNX graph in a bundle.
+
+image uint8 (N, H, W, 3) ─► normalise ─► teacher ─► bottleneck ─► decoder
+    ─► cosine distances ─► upsample, sum, blur ─► anomaly_map (N, H, W), image_score (N,)
+"""
+
+import logging
+import warnings
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from service import bundle as bundles
+from service import image
+from service.bundle import Bundle, Graph, HeldOutImage, Manifest, Network, Teacher, TrainingData
+from service.detector import Detector
+from training import checkpoint as checkpoints
+from training import data
+from training.checkpoint import Checkpoint
+from training.errors import TrainingError
+from training.model import AnomalyMap, ReverseDistillation
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["float32", "float16"]
+
+OPSET = 20
+PARITY_LIMIT = 1e-4  # relative, of score and map
+ROUNDING_LIMIT = 2e-2  # what storing weights in float16 may change, relative
+# Settings that say nothing about the model: places on the machine that trained it.
+LOCAL_SETTINGS = ("data", "models", "name", "image_size", "device", "save_every", "strict")
+
+
+class Scorer(nn.Module):
+    """The whole graph: from uint8 pixels to anomaly map and image score."""
+
+    def __init__(self, model: ReverseDistillation, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model, self.anomaly_map = model, AnomalyMap(image_size)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        teacher_features, decoder_features = self.model(image)
+        scored: tuple[Tensor, Tensor] = self.anomaly_map(teacher_features, decoder_features)
+        return scored
+
+
+def export(
+    models: Path,
+    name: str,
+    *,
+    version: int | None = None,
+    weights: Weights = "float32",
+    data_folder: Path | None = None,
+) -> Bundle:
+    """Write `models/name/version` from the run's checkpoint.
+
+    Raises TrainingError where the graph's answers differ from the network's by more than
+    PARITY_LIMIT, and says by how much.
+    """
+    folder = models / name / "checkpoint"
+    run = checkpoints.read(folder)
+    version = version or max(bundles.versions(models, name), default=0) + 1
+    target = models / name / str(version)
+    if target.exists():
+        raise TrainingError(f"{target}: exists, and a bundle is never overwritten")
+    if not run.finished:
+        log.warning("the run stopped at epoch %d of %d", run.epoch, run.settings.epochs)
+
+    scorer = load_scorer(run, folder)
+    held_out = _held_out_images(run, data_folder or Path(run.settings.data))
+    exact = to_onnx(scorer, run.settings.image_size)
+    parity = check_parity(exact, scorer, held_out.pixels[:5])
+    graph = halve_weights(exact) if weights == "float16" else exact
+    rounding = _rounding(exact, graph, held_out.pixels[:5], run.settings.image_size)
+
+    scores = score(Detector(graph, run.settings.image_size, "cpu"), held_out.pixels)
+    manifest = Manifest(
+        name=name,
+        version=version,
+        created=datetime.now(UTC).replace(microsecond=0),
+        image_size=run.settings.image_size,
+        graph=Graph(
+            sha256=image.digest(graph),
+            opset=OPSET,
+            weights=weights,
+            parity=parity,
+            weight_rounding=rounding,
+        ),
+        network=Network(
+            architecture=run.settings.architecture,
+            backbone=run.settings.backbone,
+            skips=run.settings.skips,
+            consistency_rate=run.settings.consistency_rate,
+            embedding_planes=run.settings.embedding_planes,
+        ),
+        teacher=Teacher(**asdict(run.teacher)),
+        data=TrainingData(
+            fingerprint=run.data_fingerprint,
+            trained=len(run.trained),
+            held_out=[
+                HeldOutImage(file=file, sha256=digest, score=float(value))
+                for (file, digest), value in zip(run.held_out.items(), scores, strict=True)
+            ],
+        ),
+        training=_portable_settings(run),
+        metrics={"epochs": run.epoch, "loss": run.losses[-1] if run.losses else float("nan")},
+    )
+    bundles.write(target, manifest, graph)
+    return Bundle(target)
+
+
+def load_scorer(run: Checkpoint, folder: Path) -> Scorer:
+    model = ReverseDistillation(
+        run.settings.backbone,
+        run.settings.skips,  # type: ignore[arg-type]
+        run.settings.embedding_planes,
+    )
+    checkpoints.load_weights(run, folder, model)
+    return Scorer(model, run.settings.image_size).eval()
+
+
+def to_onnx(scorer: Scorer, image_size: tuple[int, int]) -> bytes:
+    """The scorer as one checked ONNX file with its weights inside and a free batch size."""
+    example = torch.zeros(2, *image_size, 3, dtype=torch.uint8)  # of 1, the size would be fixed
+    with warnings.catch_warnings(action="ignore"):  # the exporter's own deprecations
+        program = torch.onnx.export(
+            scorer,
+            (example,),
+            dynamo=True,
+            dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            input_names=["image"],
+            output_names=["anomaly_map", "image_score"],
+            opset_version=OPSET,
+            external_data=False,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model_proto
+    _strip_traces(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    opset = next(entry.version for entry in graph.opset_import if entry.domain == "")
+    if opset != OPSET:
+        raise TrainingError(f"the exporter wrote opset {opset} instead of {OPSET}")
+    return bytes(graph.SerializeToString())
+
+
+def _strip_traces(graph: onnx.ModelProto) -> None:
+    """Leave out the exporter's stack traces: they name files of the machine that exported."""
+    del graph.metadata_props[:], graph.graph.metadata_props[:]
+    for node in graph.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output):
+        del value.metadata_props[:]
+
+
+def halve_weights(graph: bytes) -> bytes:
+    """The same graph with large weights stored as float16; the runtime widens them at load."""
+    model = onnx.load_model_from_string(graph)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < 4096:
+            continue  # statistics and map operators: small, and they need the precision
+        values = numpy_helper.to_array(tensor).astype(np.float16)
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values, f"{name}.float16"))
+        casts.append(
+            onnx.helper.make_node(
+                "Cast", [f"{name}.float16"], [name], f"{name}.widen", to=TensorProto.FLOAT
+            )
+        )
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def check_parity(graph: bytes, scorer: Scorer, real: np.ndarray) -> float:
+    """Largest relative difference of the graph's scores and maps from torch's.
+
+    On real and on random images, in batches of 1, 2 and 5. Raises TrainingError beyond
+    PARITY_LIMIT.
+    """
+    height, width = real.shape[1:3]
+    detector = Detector(graph, (height, width), "cpu")
+    noise = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), np.uint8)
+    worst = 0.0
+    for images in (np.resize(real, (5, height, width, 3)), noise):
+        for count in (1, 2, 5):
+            with torch.inference_mode():
+                expected_maps, expected_scores = scorer(torch.from_numpy(images[:count]))
+            predictions = detector.run(images[:count])
+            maps = np.stack([p.anomaly_map for p in predictions])
+            scores = np.array([p.score for p in predictions])
+            worst = max(
+                worst,
+                relative_difference(maps, expected_maps.numpy()),
+                relative_difference(scores, expected_scores.numpy()),
+            )
+    if not worst <= PARITY_LIMIT:
+        raise TrainingError(
+            f"the exported graph differs from the network by {worst:.2e} relative; the limit is "
+            f"{PARITY_LIMIT:g}: nothing was written"
+        )
+    return worst
+
+
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference over the largest expected value."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def _rounding(exact: bytes, graph: bytes, images: np.ndarray, image_size: tuple[int, int]) -> float:
+    if graph is exact:
+        return 0.0
+    before = score(Detector(exact, image_size, "cpu"), images)
+    after = score(Detector(graph, image_size, "cpu"), images)
+    rounding = float((np.abs(after - before) / before).max())
+    if not rounding <= ROUNDING_LIMIT:
+        raise TrainingError(
+            f"float16 weights change scores by {rounding:.2e} relative; the limit is "
+            f"{ROUNDING_LIMIT:g}: export with --weights float32"
+        )
+    return rounding
+
+
+def score(detector: Detector, images: np.ndarray) -> np.ndarray:
+    """Image scores (N,) of uint8 images (N, H, W, 3), in small batches."""
+    batches = (images[i : i + 8] for i in range(0, len(images), 8))
+    return np.array([p.score for batch in batches for p in detector.run(batch)])
+
+
+def _held_out_images(run: Checkpoint, root: Path) -> data.Images:
+    paths = [root / name for name in run.held_out]
+    loaded = data.load(paths, run.settings.image_size, strict=True, what="held-out images")
+    for name, digest in zip(run.held_out, loaded.digests, strict=True):
+        if run.held_out[name] != digest:
+            raise TrainingError(f"{root / name}: changed since it was held out")
+    return loaded
+
+
+def _portable_settings(run: Checkpoint) -> dict[str, str | int | float | bool | None]:
+    settings = {k: v for k, v in asdict(run.settings).items() if k not in LOCAL_SETTINGS}
+    settings["teacher_weights"] = run.teacher.origin
+    return settings

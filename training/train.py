@@ -1,0 +1,212 @@
+"""Normal images -> checkpoint. The last epoch is the model; nothing is selected on test data."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training import checkpoint as checkpoints
+from training import data
+from training.checkpoint import Checkpoint, Settings
+from training.errors import TrainingError
+from training.losses import consistency_loss, distillation_loss
+from training.model import ReverseDistillation, Skips, load_teacher
+
+log = logging.getLogger(__name__)
+
+
+def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Checkpoint:
+    """Train, or go on with, the run `settings.folder`; returns it as it was last saved.
+
+    Raises TrainingError for bad data, weights or settings. SIGINT and SIGTERM save and return.
+    """
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    images, run = _resume(settings) if resume else _start(settings, overwrite)
+    settings = run.settings
+
+    torch.manual_seed(settings.seed)
+    skips: Skips = settings.skips  # type: ignore[assignment]
+    model = ReverseDistillation(settings.backbone, skips, settings.embedding_planes)
+    if resume:
+        checkpoints.load_weights(run, settings.folder, model)
+    else:
+        run.teacher = load_teacher(model.teacher, settings.backbone, settings.teacher_weights)
+        checkpoints.save_teacher(settings.folder, model)
+    model.to(device).to(memory_format=torch.channels_last).train()
+    trainable = [*model.bottleneck.parameters(), *model.decoder.parameters()]
+    optimizer = torch.optim.Adam(trainable, lr=settings.lr, betas=(0.5, 0.999))
+    if resume:
+        checkpoints.load_optimizer(run, settings.folder, optimizer)
+    # float16 gradients underflow without scaling; other precisions pass through unchanged.
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=run.grad_scale or 65536.0,
+        enabled=precision == torch.float16,
+    )
+    if not resume:
+        checkpoints.save(run, model, optimizer)
+
+    batches = steps(len(run.trained), settings, run.step)
+    with _progress(run) as bar, stop_on_signal() as stop:
+        for indices in batches:
+            pixels = torch.from_numpy(images[indices]).to(device)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                teacher_features, decoder_features = model(pixels)
+            loss = total_loss(teacher_features, decoder_features, settings.consistency_rate)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+
+            _record(run, loss.item())
+            run.grad_scale = scaler.get_scale() if scaler.is_enabled() else None
+            bar.update(len(indices))
+            bar.set_postfix(epoch=f"{run.epoch}/{settings.epochs}", loss=f"{loss.item():.4f}")
+            epoch_ended = run.step % run.steps_per_epoch == 0
+            due = epoch_ended and (run.epoch % settings.save_every == 0 or run.finished)
+            if due or stop.is_set():
+                checkpoints.save(run, model, optimizer)
+            if stop.is_set():
+                break
+    return run
+
+
+def total_loss(
+    teacher_features: list[Tensor], decoder_features: list[Tensor], consistency_rate: float
+) -> Tensor:
+    """Distillation, and SK-RD4AD's consistency term where its rate is not zero; in float32."""
+    teacher_features = [e.float() for e in teacher_features]
+    decoder_features = [d.float() for d in decoder_features]
+    loss = distillation_loss(teacher_features, decoder_features)
+    if consistency_rate:
+        loss = loss + consistency_rate * consistency_loss(teacher_features, decoder_features)
+    return loss
+
+
+def batch_slices(count: int, batch_size: int) -> list[slice]:
+    """An epoch's batches; a last one of a single image is left out: batch norm needs company."""
+    slices = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    return slices[:-1] if count % batch_size == 1 and len(slices) > 1 else slices
+
+
+def steps(count: int, settings: Settings, first: int) -> Iterator[np.ndarray]:
+    """Image indices of every batch from step `first` on: a function of seed and step alone.
+
+    That is what lets a run that was killed go on to the weights of one that was not.
+    """
+    slices = batch_slices(count, settings.batch_size)
+    for epoch in range(first // len(slices), settings.epochs):
+        order = np.random.default_rng([settings.seed, epoch]).permutation(count)
+        done = first - epoch * len(slices) if epoch == first // len(slices) else 0
+        for batch in slices[done:]:
+            yield order[batch]
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device cuda was asked for, but torch finds no CUDA device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """float32 on the CPU, where runs are reproducible; bfloat16 or float16 on CUDA."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    precision: torch.dtype = getattr(torch, name)
+    return precision
+
+
+def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]:
+    """Pixels of the images to train on, and a run at step 0."""
+    if (settings.folder / "checkpoint.json").exists() and not overwrite:
+        raise TrainingError(
+            f"{settings.folder} holds a run already: --resume goes on with it, "
+            "--overwrite starts anew"
+        )
+    root = Path(settings.data)
+    paths = data.normal_images(root)
+    loaded = data.load(paths, settings.image_size, strict=settings.strict, what="normal images")
+    names = [str(path.relative_to(root)) for path in loaded.paths]
+    unique = {digest: index for index, digest in reversed(list(enumerate(loaded.digests)))}
+    if len(unique) < len(names):
+        # A copy of a trained image among the held-out ones would break the promised rate.
+        log.warning("left out %d copies of other files", len(names) - len(unique))
+    kept = sorted(unique.values())
+    trained, held_out = data.hold_out(len(kept), settings.seed)
+    run = Checkpoint(
+        settings=settings,
+        teacher=None,  # type: ignore[arg-type]  # known once the model has been built
+        trained={names[kept[i]]: loaded.digests[kept[i]] for i in trained},
+        held_out={names[kept[i]]: loaded.digests[kept[i]] for i in held_out},
+        data_fingerprint=data.fingerprint(unique),
+        steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
+    )
+    log.info("training on %d normal images, %d held out", len(trained), len(held_out))
+    return loaded.pixels[[kept[i] for i in trained]], run
+
+
+def _resume(settings: Settings) -> tuple[np.ndarray, Checkpoint]:
+    """The same as `_start` for a saved run, its images checked against the record."""
+    run = checkpoints.read(settings.folder)
+    run.settings = replace(settings, teacher_weights=run.settings.teacher_weights)
+    root = Path(settings.data)
+    paths = [root / name for name in run.trained]
+    loaded = data.load(paths, settings.image_size, strict=True, what="normal images")
+    changed = [
+        name
+        for name, digest in zip(run.trained, loaded.digests, strict=True)
+        if run.trained[name] != digest
+    ]
+    if changed:
+        raise TrainingError(f"images changed since the run began: {', '.join(changed[:5])}")
+    return loaded.pixels, run
+
+
+def _record(run: Checkpoint, loss: float) -> None:
+    if not np.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {run.step}: lower --lr ({run.settings.lr})"
+        )
+    run.step += 1
+    run.loss_sum += loss
+    if run.step % run.steps_per_epoch == 0:
+        run.losses.append(run.loss_sum / run.steps_per_epoch)
+        run.loss_sum = 0.0
+
+
+def _progress(run: Checkpoint) -> "tqdm[None]":
+    batches = batch_slices(len(run.trained), run.settings.batch_size)
+    per_epoch = sum(batch.stop - batch.start for batch in batches)
+    done = run.step * per_epoch // run.steps_per_epoch
+    return tqdm(
+        total=run.settings.epochs * per_epoch, initial=done, unit="image", desc=run.settings.name
+    )
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Sets the event on SIGINT or SIGTERM, so that a step ends before the run is saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python delivers signals to the main thread alone
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
