@@ -2,13 +2,16 @@
 
 import argparse
 import logging
+import resource
+import signal
+import socket
 import sys
 
 import uvicorn
 
 from service import settings as service_settings
 from service.app import create_app
-from service.errors import ServiceError
+from service.errors import ServiceError, SettingsError
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -49,18 +52,44 @@ def _serve(settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    _allow_many_files()
+    listener = _bind(settings.host, settings.port)  # a taken port fails before models load
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,  # `middleware` writes one line for each request, with its id
         server_header=False,
     )
-    log.info("listening on http://%s:%d (API at /docs)", settings.host, settings.port)
-    uvicorn.Server(config).run()
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d (API at /docs)", host, port)
+    # uvicorn shuts down in order, then raises the signal again for whoever had it before: nobody,
+    # so that an orderly stop exits with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _allow_many_files() -> None:
+    """Uploads beyond 1 MB wait in temporary files, a calibration has many; the usual soft limit
+    of 1024 open files is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that refuses connections until the server listens on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"can't listen on {host} port {port}: {error.strerror}") from None
+    return listener
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service import __version__
@@ -55,6 +57,10 @@ ModelName = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
 ]
 Version = Annotated[int | None, Query(ge=1, description="default: the newest at start")]
+Digest = Annotated[
+    str | None,
+    Query(pattern="^[0-9a-f]{64}$", description="refuse to answer with any other graph than this"),
+]
 
 _IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
 INSPECT_BODY = {
@@ -94,7 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
     metrics = Metrics()
     store = Store(settings.database_url)
     registry = Registry(settings, store, metrics)
-    inspector = Inspector(registry, store, metrics, settings.max_image_pixels)
+    inspector = Inspector(registry, store, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -112,6 +118,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(RequestRecord, metrics=metrics)
     app.add_exception_handler(Exception, _answer_problem)
+    app.add_exception_handler(ClientDisconnect, _answer_departure)
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_problem)
 
@@ -121,7 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_extra={"requestBody": INSPECT_BODY},
         responses={
             200: {"content": {"image/png": _IMAGE_BYTES}},
-            **_problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
+            **_problems(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
         },
         tags=["inspection"],
     )
@@ -129,6 +136,7 @@ def create_app(settings: Settings) -> FastAPI:
         request: Request,
         model: ModelName = None,
         version: Version = None,
+        digest: Digest = None,
         render: Annotated[
             Render,
             Query(
@@ -137,7 +145,7 @@ def create_app(settings: Settings) -> FastAPI:
             ),
         ] = "heatmap",
         threshold: Annotated[
-            float | None, Query(gt=0, le=1e6, description="instead of the calibration's")
+            float | None, Query(ge=1e-6, le=1e6, description="instead of the calibration's")
         ] = None,
     ) -> Any:
         """Score one image: pass or fail, and where. `Accept: image/png` returns the picture
@@ -146,9 +154,9 @@ def create_app(settings: Settings) -> FastAPI:
         as_png = _wants_png(request)
         if as_png and render == "none":
             raise InvalidParameter("render=none has no picture to return as image/png")
-        chosen = await registry.get(model, version)
-        with chosen.batcher.place():
-            async with _deadline(settings.request_timeout_s):
+        async with _deadline(settings.request_timeout_s):
+            chosen = await registry.get(model, version, digest)
+            with chosen.batcher.place():
                 data = await _image_body(_limited(request, settings.max_image_bytes))
                 inspected = await _unless_departed(
                     request,
@@ -164,48 +172,64 @@ def create_app(settings: Settings) -> FastAPI:
                 )
         if inspected is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return _picture_response(inspected) if as_png else _json(inspected.inspection)
+        if as_png:
+            return _picture_response(inspected)
+        return Response(inspected.json, media_type="application/json")
 
     @app.post(
         "/v1/calibrate",
         response_model=NewCalibration,
         status_code=201,
         openapi_extra={"requestBody": CALIBRATE_BODY},
-        responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
+        responses=_problems(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
         tags=["calibration"],
     )
     async def calibrate(
         request: Request,
         model: ModelName = None,
         version: Version = None,
+        digest: Digest = None,
         target_fpr: Annotated[
             float, Query(gt=0, lt=1, description="the false-positive rate to promise")
         ] = 0.01,
         activate: Annotated[bool, Query(description="use it from the next inspection on")] = True,
     ) -> Any:
         """A threshold from pictures of normal parts that the model was not trained on."""
-        chosen = await registry.get(model, version)
         async with _deadline(settings.calibration_timeout_s):
+            chosen = await registry.get(model, version, digest)
             body = _limited(request, settings.max_calibration_bytes)
-            images = _calibration_images(body, settings.max_calibration_images)
+            images = _calibration_images(
+                body, settings.max_calibration_images, settings.max_image_bytes
+            )
             try:
                 made = await inspector.calibrate(
                     chosen, images, target_fpr=target_fpr, activate=activate
                 )
             except ExceptionGroup as group:  # of the tasks that scored; the first tells enough
                 raise group.exceptions[0] from None
-        return _json(made, 201)
+        return Response(made.model_dump_json(), 201, media_type="application/json")
+
+    @app.post(
+        "/v1/calibrations/{id}/activate",
+        tags=["calibration"],
+        responses=_problems(404, 409, 422, 500, 503, 504),
+    )
+    async def activate(id: Annotated[str, Path(max_length=64)]) -> CalibrationOut:
+        """Use a calibration that was made before: an earlier one, or one kept for later."""
+        async with _deadline(settings.request_timeout_s):
+            return await inspector.activate(id)
 
     @app.get("/v1/models", tags=["models"])
-    async def models() -> list[ModelOut]:
+    def models() -> list[ModelOut]:
         """The loaded models, with digest, threshold and calibration in force."""
         return [ModelOut.of(loaded, registry.versions(loaded.name)) for loaded in registry.loaded()]
 
     @app.get("/v1/calibrations", tags=["calibration"], responses=_problems(422))
-    async def calibrations(model: ModelName = None) -> list[CalibrationOut]:
+    def calibrations(
+        model: ModelName = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> list[CalibrationOut]:
         """Calibrations that were made, newest first."""
-        stored = await asyncio.to_thread(store.list, model)
-        return [CalibrationOut.of(calibration) for calibration in stored]
+        return [CalibrationOut.of(calibration) for calibration in store.list(model, limit)]
 
     @app.get("/livez", tags=["operation"])
     async def livez() -> State:
@@ -226,6 +250,8 @@ def create_app(settings: Settings) -> FastAPI:
         """Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    document = _openapi(app)
+    app.openapi = lambda: document  # type: ignore[method-assign]
     return app
 
 
@@ -296,8 +322,11 @@ async def _image_body(request: Request) -> bytes:
     )
 
 
-async def _calibration_images(request: Request, limit: int) -> AsyncIterator[tuple[str, bytes]]:
-    """(file name, bytes) of every multipart field `images`."""
+async def _calibration_images(
+    request: Request, limit: int, max_bytes: int
+) -> AsyncIterator[tuple[str, bytes]]:
+    """(file name, bytes) of every multipart field `images`; of a file beyond `max_bytes`, only one
+    byte more, which is enough to refuse it."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "multipart/form-data":
         raise UnsupportedFormat(
@@ -311,16 +340,12 @@ async def _calibration_images(request: Request, limit: int) -> AsyncIterator[tup
             raise InvalidParameter(f"unknown field {strangers[0]!r}; the files go in `images`")
         for number, upload in enumerate(uploads):
             assert isinstance(upload, UploadFile)  # max_fields=0 leaves nothing but files
-            yield upload.filename or f"image {number}", await upload.read()
+            yield upload.filename or f"image {number}", await upload.read(max_bytes + 1)
 
 
 def _wants_png(request: Request) -> bool:
     accepted = [part.split(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
     return "image/png" in accepted and "application/json" not in accepted
-
-
-def _json(content: Inspection | NewCalibration, status: int = 200) -> Response:
-    return Response(content.model_dump_json(), status, media_type="application/json")
 
 
 def _picture_response(inspected: Inspected) -> Response:
@@ -339,6 +364,11 @@ def _picture_response(inspected: Inspected) -> Response:
         "X-Regions": str(len(answer.regions)),
     }
     return Response(inspected.picture, media_type="image/png", headers=headers)
+
+
+def _answer_departure(request: Request, error: Exception) -> Response:
+    """The client left while it was sending: nobody's fault, and no error in the counters."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _answer_problem(request: Request, error: Exception) -> Response:
@@ -376,10 +406,32 @@ def _answer_problem(request: Request, error: Exception) -> Response:
         request_id=request.state.request_id,
         **extra,
     )
+    headers["X-Request-Id"] = request.state.request_id
     return JSONResponse(problem.model_dump(), status, headers, media_type=PROBLEM_JSON)
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the errors that a route can answer with."""
-    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
-    return {status: {"model": Problem, "content": {PROBLEM_JSON: schema}} for status in statuses}
+    """OpenAPI entries of the errors that a route can answer with; `_openapi` gives them a body."""
+    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with every error as the problem+json that it really is."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        license_info=app.license_info,
+        routes=app.routes,
+    )
+    body = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for methods in document["paths"].values():
+        for route in methods.values():
+            for status, response in route["responses"].items():
+                if int(status) >= 400:
+                    response["content"] = body
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["Problem"] = Problem.model_json_schema()
+    return document

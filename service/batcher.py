@@ -52,7 +52,7 @@ class Batcher:
         self._run, self._device_thread, self._on_batch = run, device_thread, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._waiting: deque[_Waiter] = deque()
-        self._places = 0
+        self.places = 0  # taken
         self._draining: asyncio.Task[None] | None = None
 
     @property
@@ -65,16 +65,16 @@ class Batcher:
 
         Raises Overloaded where all are taken.
         """
-        if self._places >= self._max_queue:
+        if self.places >= self._max_queue:
             raise Overloaded(
-                f"{self._places} inspections are accepted and unanswered; the limit is "
+                f"{self.places} inspections are accepted and unanswered; the limit is "
                 f"{self._max_queue}"
             )
-        self._places += 1
+        self.places += 1
         try:
             yield
         finally:
-            self._places -= 1
+            self.places -= 1
 
     async def submit(self, image: np.ndarray) -> Answer:
         """The prediction of one uint8 (h, w, 3) image at the model's size.
@@ -100,24 +100,24 @@ class Batcher:
         self._on_batch(len(batch))
         loop = asyncio.get_running_loop()
         try:
-            predictions, started, ended = await loop.run_in_executor(
-                self._device_thread, self._run_timed, [waiter.image for waiter in batch]
-            )
+            answers = await loop.run_in_executor(self._device_thread, self._run_batch, batch)
         except Exception as error:  # every waiter must be answered, whatever went wrong
             for waiter in batch:
                 if not waiter.answer.done():
                     waiter.answer.set_exception(_as_service_error(error))
             return
-        for waiter, prediction in zip(batch, predictions, strict=True):
+        for waiter, answer in zip(batch, answers, strict=True):
             if not waiter.answer.done():
-                waiter.answer.set_result(
-                    Answer(prediction, len(batch), started - waiter.since, ended - started)
-                )
+                waiter.answer.set_result(answer)
 
-    def _run_timed(self, images: list[np.ndarray]) -> tuple[list[Prediction], float, float]:
+    def _run_batch(self, batch: list[_Waiter]) -> list[Answer]:
         started = time.perf_counter()
-        predictions = self._run(np.stack(images))
-        return predictions, started, time.perf_counter()
+        predictions = self._run(np.stack([waiter.image for waiter in batch]))
+        infer_s = time.perf_counter() - started
+        return [
+            Answer(prediction, len(batch), started - waiter.since, infer_s)
+            for waiter, prediction in zip(batch, predictions, strict=True)
+        ]
 
 
 def _as_service_error(error: Exception) -> ServiceError:

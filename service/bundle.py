@@ -37,7 +37,7 @@ class Graph(Record):
     weights: Literal["float32", "float16"]  # as stored; computed in float32
     # Largest relative difference of score and map from the PyTorch network, float32 weights.
     parity: float
-    # The same for the stored weights against float32 ones: what rounding to float16 changed.
+    # Largest relative change of a score by storing weights in float16.
     weight_rounding: float
 
 
@@ -65,7 +65,7 @@ class HeldOutImage(Record):
 
 class TrainingData(Record):
     fingerprint: Sha256  # over the sorted digests of all normal images used
-    trained: int
+    trained: list[Sha256]  # digests of the files, so that none of them calibrates later
     held_out: list[HeldOutImage]
 
 
@@ -86,12 +86,15 @@ class Manifest(Record):
 
 
 class Bundle:
-    """A bundle whose digest has been checked; raises BundleError that names the file at fault."""
+    """A bundle on disk; raises BundleError that names the file at fault."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = _read_manifest(folder / MANIFEST_FILE)
-        self.graph = _read_graph(folder / GRAPH_FILE, self.manifest.graph.sha256)
+
+    def read_graph(self) -> bytes:
+        """The ONNX file, its digest checked; not kept, since the runtime makes its own copy."""
+        return _read_graph(self.folder / GRAPH_FILE, self.manifest.graph.sha256)
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ Decision = Literal["normal", "anomalous"]
 def min_samples(target_fpr: float) -> int:
     """The fewest normal images with which a false-positive rate of `target_fpr` can be promised."""
     _check_target(target_fpr)
-    return math.ceil(1 / target_fpr - 1e-9) - 1
+    return max(1, math.ceil(1 / target_fpr - 1e-9) - 1)
 
 
 def finest_fpr(samples: int) -> float:
@@ -41,12 +41,14 @@ def default_target_fpr(samples: int, wanted: float = 0.01) -> float:
 class Calibration:
     """Scores of held-out normal images (n,) and the false-positive rate asked of them.
 
-    Raises TooFewSamples where the rate is finer than 1 / (n + 1).
+    `kept_threshold` is the one that was told when the calibration was made: it never changes
+    afterwards. Raises TooFewSamples where the rate is finer than 1 / (n + 1).
     """
 
     id: str
     target_fpr: float
     scores: np.ndarray
+    kept_threshold: float | None = None
     threshold: float = field(init=False)  # exactly representable in float32, like every score
     _ceilings: np.ndarray = field(init=False, repr=False)  # ascending, tie margin included
 
@@ -70,10 +72,12 @@ class Calibration:
         threshold = np.nextafter(ceilings[len(scores) - 1 - allowed], np.float32(np.inf))
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "_ceilings", ceilings)
-        object.__setattr__(self, "threshold", float(threshold))
+        kept = self.kept_threshold
+        object.__setattr__(self, "threshold", float(threshold) if kept is None else kept)
 
     def _allowed_exceedances(self) -> int:
-        return math.floor(self.target_fpr * (len(self.scores) + 1) + 1e-9) - 1
+        allowed = math.floor(self.target_fpr * (len(self.scores) + 1) + 1e-9) - 1
+        return min(allowed, len(self.scores) - 1)
 
     @property
     def samples(self) -> int:

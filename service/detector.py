@@ -29,10 +29,7 @@ CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
 }
 # The provider's own default on recent CPUs is bfloat16, 2e-3 away from every other device.
-OPENVINO_OPTIONS = {
-    "device_type": "CPU",
-    "load_config": '{"CPU":{"INFERENCE_PRECISION_HINT":"f32"}}',
-}
+OPENVINO_OPTIONS = {"load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 
 
 @dataclass(frozen=True)
@@ -155,4 +152,7 @@ def _openvino_device() -> Any:
     for device in ort.get_ep_devices():
         if device.ep_name == name and device.device.type == ort.OrtHardwareDeviceType.CPU:
             return device
-    raise DeviceUnavailable("OpenVINO's provider finds no CPU it can use")
+    raise DeviceUnavailable(
+        "device openvino was asked for, but OpenVINO's provider offers no CPU here: it runs on "
+        "Intel CPUs only"
+    )

@@ -3,16 +3,18 @@
 ServiceError
 ├── InvalidImage            400  the bytes are no readable image
 ├── UnknownModel            404  no such model or version
-├── DigestMismatch          409  a calibration belongs to another graph
+├── UnknownCalibration      404  no such calibration
+├── DigestMismatch          409  another graph than the caller insists on
 ├── TooLarge                413  bytes or pixels beyond the limit
 ├── UnsupportedFormat       415  an image format or pixel type that is not read
 ├── InvalidParameter        422  a parameter out of its bounds
-│   └── TooFewSamples       422  the asked rate needs more normal images
-├── Overloaded              429  the queue is full (Retry-After)
+│   ├── TooFewSamples       422  the asked rate needs more normal images
+│   └── TrainedOn                a sample that the model was trained on; reported, not raised
+├── Overloaded              429  the queue is full, or a calibration under way (Retry-After)
 ├── InferenceFailed         500  the runtime raised while scoring
-├── NotReady                503  no model yet, or shutting down (Retry-After)
+├── NotReady                503  no model yet, or no room on the device (Retry-After)
 ├── DeadlineExceeded        504  not answered in time
-├── BundleError                  at start: manifest, digest or graph interface
+├── BundleError             500  manifest, digest or graph interface; at start, it stops it
 ├── DeviceUnavailable            at start: the named device can't be had
 └── SettingsError                at start: settings that contradict each other
 """
@@ -34,8 +36,12 @@ class UnknownModel(ServiceError):
     status, title = 404, "Unknown model"
 
 
+class UnknownCalibration(ServiceError):
+    status, title = 404, "Unknown calibration"
+
+
 class DigestMismatch(ServiceError):
-    status, title = 409, "Calibration belongs to another graph"
+    status, title = 409, "Another graph serves"
 
 
 class TooLarge(ServiceError):
@@ -58,8 +64,12 @@ class TooFewSamples(InvalidParameter):
         self.samples, self.needed = samples, needed
 
 
+class TrainedOn(InvalidParameter):
+    title = "Trained on"
+
+
 class Overloaded(ServiceError):
-    status, title, retry_after_s = 429, "Queue is full", 1
+    status, title, retry_after_s = 429, "Too much at once", 1
 
 
 class InferenceFailed(ServiceError):

@@ -45,7 +45,9 @@ def read_header(data: bytes) -> Header:
         raise InvalidImage("the image is empty: 0 bytes")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            header = Header(image.format or "", image.width, image.height, image.mode)
+            # A multi-picture file is a JPEG with more behind it: cameras write them as .jpg.
+            name = "JPEG" if image.format == "MPO" else image.format or ""
+            header = Header(name, image.width, image.height, image.mode)
     except UnidentifiedImageError:
         raise InvalidImage(
             f"the {len(data)} bytes are not an image in {', '.join(FORMATS)} (by content, "

@@ -10,19 +10,27 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from service import heatmap, image, regions
-from service.batcher import Answer
 from service.calibration import Calibration, decide, finest_fpr, min_samples
-from service.errors import ServiceError, TooFewSamples
+from service.errors import (
+    InvalidImage,
+    Overloaded,
+    TooFewSamples,
+    TooLarge,
+    TrainedOn,
+    UnknownCalibration,
+    UnsupportedFormat,
+)
 from service.heatmap import Render
 from service.metrics import Metrics
 from service.registry import Model, Registry
 from service.schemas import (
+    CalibrationOut,
     CalibrationReference,
     Failure,
     ImageReference,
@@ -33,7 +41,8 @@ from service.schemas import (
     RegionOut,
     Timing,
 )
-from service.store import Sample, Store, new_id
+from service.settings import Settings
+from service.store import Graph, Sample, Store, StoredCalibration, new_id
 
 T = TypeVar("T")
 MAX_OUTLIERS = 10
@@ -41,29 +50,39 @@ MAX_OUTLIERS = 10
 
 @dataclass(frozen=True)
 class Inspected:
-    """An answer and its picture, which goes into the JSON or stands alone."""
+    """An answer, its picture, and the JSON that holds both."""
 
     inspection: Inspection
     picture: bytes | None
+    json: bytes
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    pixels: np.ndarray | None  # (H, W, 3), kept only where the picture needs it
     resized: np.ndarray  # (h, w, 3) at the model's size
     size: tuple[int, int]  # height, width of the original
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A sample of a calibration, with the digest of the pixels that the graph saw."""
+
+    sample: Sample
+    pixels_sha256: str
 
 
 class Inspector:
     """Inspects and calibrates with the registry's models."""
 
     def __init__(
-        self, registry: Registry, store: Store, metrics: Metrics, max_image_pixels: int
+        self, registry: Registry, store: Store, metrics: Metrics, settings: Settings
     ) -> None:
         self._registry, self._store, self._metrics = registry, store, metrics
-        self._max_image_pixels = max_image_pixels
-        self._workers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pixels")
+        self._settings = settings
+        self._workers = ThreadPoolExecutor(_cores(), thread_name_prefix="pixels")
+        self._activation = asyncio.Lock()
+        self._calibrating = False
 
     async def inspect(
         self,
@@ -80,14 +99,18 @@ class Inspector:
 
         Raises the errors of `image.decode` and `Batcher.submit`.
         """
-        keep = render in ("overlay", "mask")
-        decoded, decode_s = await self._timed(lambda: self._decode(data, model, keep))
+        decoded, decode_s = await self._timed(lambda: self._decode(data, model))
         answer = await model.batcher.submit(decoded.resized)
         calibration = model.calibration  # read once: it may be replaced at any time
         limit = calibration.threshold if threshold is None else float(np.float32(threshold))
-        (picture, found), render_s = await self._timed(
-            lambda: _depict(answer, render, limit, decoded)
-        )
+
+        def depict() -> tuple[bytes | None, str | None, list[regions.Region]]:
+            anomaly_map = answer.prediction.anomaly_map
+            picture = self._render(render, anomaly_map, limit, decoded.size, data)
+            text = base64.b64encode(picture).decode() if picture and encode else None
+            return picture, text, regions.find(anomaly_map, limit, decoded.size)
+
+        (picture, text, found), render_s = await self._timed(depict)
         score = answer.prediction.score
         inspection = Inspection(
             request_id=request_id,
@@ -102,7 +125,7 @@ class Inspector:
             p_value=calibration.p_value(score),
             calibration=CalibrationReference.of(calibration),
             regions=[RegionOut(**asdict(region)) for region in found],
-            heatmap=base64.b64encode(picture).decode() if picture and encode else None,
+            heatmap=text,
             timing_ms=Timing(
                 decode=_ms(decode_s),
                 queue=_ms(answer.queue_s),
@@ -111,8 +134,9 @@ class Inspector:
                 total=_ms(time.perf_counter() - started),
             ),
         )
+        json, _ = await self._timed(lambda: inspection.model_dump_json().encode())
         self._observe(inspection)
-        return Inspected(inspection, picture)
+        return Inspected(inspection, picture, json)
 
     async def calibrate(
         self,
@@ -124,37 +148,21 @@ class Inspector:
     ) -> NewCalibration:
         """A threshold from (name, encoded bytes) of normal images, kept and, if asked, activated.
 
-        Samples go through the same decoding and batches as inspections. Unreadable files are
-        reported and left out. Raises TooFewSamples where the rest can't promise the rate.
+        Samples go through the same decoding and batches as inspections. Unreadable files, and
+        those that the model was trained on, are reported and left out. Raises TooFewSamples where
+        the rest can't promise the rate, and Overloaded while another calibration is under way.
         """
-        needed = min_samples(target_fpr)
-        samples, duplicates, failed = await self._score_all(model, images)
-        if len(samples) < needed:
-            raise TooFewSamples(
-                f"target_fpr {target_fpr:g} needs at least {needed} normal samples, got "
-                f"{len(samples)} ({len(failed)} unreadable, {len(duplicates)} sent twice); "
-                + (
-                    f"the finest rate for {len(samples)} is {finest_fpr(len(samples)):.4g}"
-                    if samples
-                    else "send them as multipart fields `images`"
-                ),
-                samples=len(samples),
-                needed=needed,
-            )
-        calibration = Calibration(
-            new_id(), target_fpr, np.array([sample.score for sample in samples])
-        )
-        stored = await asyncio.to_thread(
-            self._store.add,
-            model.name,
-            model.bundle.version,
-            model.bundle.digest,
-            calibration,
-            samples,
-            activate=activate,
-        )
-        if activate:
-            self._registry.activate(model, calibration)
+        if self._calibrating:
+            raise Overloaded("another calibration is under way; the limit is one at a time")
+        self._calibrating = True
+        try:
+            scored, failed = await self._score_all(model, images)
+        finally:
+            self._calibrating = False
+        samples, duplicates = _distinct(scored)
+        calibration = self._calibration(target_fpr, samples, duplicates, failed)
+        # A caller that leaves or times out now must not leave database and memory apart.
+        stored = await asyncio.shield(self._keep(model.graph, calibration, samples, activate))
         highest = sorted(samples, key=lambda sample: -sample.score)[:MAX_OUTLIERS]
         return NewCalibration.of(
             stored,
@@ -163,58 +171,141 @@ class Inspector:
             failed=failed,
         )
 
+    async def activate(self, id: str) -> CalibrationOut:
+        """Make a calibration that was kept the active one of its graph.
+
+        Raises UnknownCalibration, UnknownModel, or DigestMismatch where another graph now lies
+        under its model and version.
+        """
+        stored = await asyncio.to_thread(self._store.get, id)
+        if stored is None:
+            raise UnknownCalibration(f"there is no calibration {id!r}")
+        graph = stored.graph
+        await self._registry.get(graph.model, graph.version, graph.digest)
+
+        async def swap() -> None:
+            async with self._activation:
+                await asyncio.to_thread(self._store.activate, stored)
+                calibration = await asyncio.to_thread(self._store.active, graph)
+                assert calibration is not None
+                self._registry.activate(graph, calibration)
+
+        await asyncio.shield(swap())
+        return CalibrationOut.of(replace(stored, active=True))
+
     def close(self) -> None:
         self._workers.shutdown()
 
+    async def _keep(
+        self, graph: Graph, calibration: Calibration, samples: list[Sample], activate: bool
+    ) -> StoredCalibration:
+        """Store, then use: one at a time, so that both follow the same order."""
+        async with self._activation:
+            stored = await asyncio.to_thread(
+                self._store.add, graph, calibration, samples, activate=activate
+            )
+            if activate:
+                self._registry.activate(graph, calibration)
+            return stored
+
+    def _calibration(
+        self,
+        target_fpr: float,
+        samples: list[Sample],
+        duplicates: list[str],
+        failed: list[Failure],
+    ) -> Calibration:
+        needed = min_samples(target_fpr)
+        if len(samples) < needed:
+            hint = (
+                f"the finest rate for {len(samples)} is {finest_fpr(len(samples)):.4g}"
+                if samples
+                else "send them as multipart fields `images`"
+            )
+            raise TooFewSamples(
+                f"target_fpr {target_fpr:g} needs at least {needed} normal samples, got "
+                f"{len(samples)} ({len(failed)} refused, {len(duplicates)} sent twice); {hint}",
+                samples=len(samples),
+                needed=needed,
+            )
+        scores = np.array([sample.score for sample in samples])
+        return Calibration(new_id(), target_fpr, scores)
+
     async def _score_all(
         self, model: Model, images: AsyncIterator[tuple[str, bytes]]
-    ) -> tuple[list[Sample], list[str], list[Failure]]:
-        """Scores of all readable, distinct images; a few at a time, to leave room for inspections.
+    ) -> tuple[list[_Scored], list[Failure]]:
+        """Scores of all readable images in the order sent, and what became of the others.
 
-        Anything that is not the sample's own fault (a failed run, say) is raised, not reported.
+        A few are under way at a time, so that an inspection never waits behind thousands. What is
+        not the sample's own fault (a failed run, say) is raised, not reported.
         """
-        samples: list[Sample] = []
-        duplicates: list[str] = []
-        failed: list[Failure] = []
-        seen: set[str] = set()
-        room = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        scored: dict[int, _Scored] = {}
+        failed: dict[int, Failure] = {}
+        room = asyncio.Semaphore(max(2 * _cores(), self._settings.max_batch_size))
 
-        async def score_one(name: str, data: bytes) -> None:
+        async def score_one(number: int, name: str, data: bytes) -> None:
             try:
-                decoded, _ = await self._timed(lambda: self._decode(data, model, keep=False))
-            except ServiceError as error:
-                failed.append(Failure(name=name, reason=str(error)))
-                return
+                decoded, pixels_sha256 = await self._on_worker(
+                    lambda: self._decode_sample(data, model)
+                )
+                answer = await model.batcher.submit(decoded.resized)
+                sample = Sample(name, decoded.sha256, answer.prediction.score)
+                scored[number] = _Scored(sample, pixels_sha256)
+            except (InvalidImage, TooLarge, UnsupportedFormat, TrainedOn) as error:
+                failed[number] = Failure(name=name, reason=str(error))
             finally:
                 room.release()
-            answer = await model.batcher.submit(decoded.resized)
-            samples.append(Sample(name, decoded.sha256, answer.prediction.score))
 
+        number = 0
         async with asyncio.TaskGroup() as tasks:
             async for name, data in images:
-                sha256 = image.digest(data)
-                if sha256 in seen:
-                    duplicates.append(name)
-                    continue
-                seen.add(sha256)
                 await room.acquire()
-                tasks.create_task(score_one(name, data))
-        return samples, duplicates, failed
+                tasks.create_task(score_one(number, name, data))
+                number += 1
+        return [scored[i] for i in sorted(scored)], [failed[i] for i in sorted(failed)]
 
-    def _decode(self, data: bytes, model: Model, keep: bool) -> _Decoded:
-        pixels = image.decode(data, self._max_image_pixels)
+    def _decode(self, data: bytes, model: Model) -> _Decoded:
+        pixels = image.decode(data, self._settings.max_image_pixels)
         return _Decoded(
-            pixels if keep else None,
             image.resize(pixels, model.image_size),
             (pixels.shape[0], pixels.shape[1]),
             image.digest(data),
         )
 
+    def _decode_sample(self, data: bytes, model: Model) -> tuple[_Decoded, str]:
+        limit = self._settings.max_image_bytes
+        if len(data) > limit:
+            raise TooLarge(f"the file is too large: the limit is {limit} bytes")
+        decoded = self._decode(data, model)
+        if decoded.sha256 in model.trained:
+            raise TrainedOn("the model was trained on this file: it would score too low")
+        return decoded, image.digest(decoded.resized.tobytes())
+
+    def _render(
+        self,
+        kind: Render,
+        anomaly_map: np.ndarray,
+        threshold: float,
+        size: tuple[int, int],
+        data: bytes,
+    ) -> bytes | None:
+        if kind == "heatmap":
+            return heatmap.heatmap(anomaly_map, threshold)
+        if kind == "mask":
+            return heatmap.mask(anomaly_map, threshold, size)
+        if kind == "overlay":
+            # Decoded anew: full-size pixels of everybody who waits would fill the memory.
+            pixels = image.decode(data, self._settings.max_image_pixels)
+            return heatmap.overlay(anomaly_map, threshold, pixels)
+        return None
+
     async def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         """Run on a worker thread; seconds include the wait for one."""
         started = time.perf_counter()
-        result = await asyncio.get_running_loop().run_in_executor(self._workers, work)
-        return result, time.perf_counter() - started
+        return await self._on_worker(work), time.perf_counter() - started
+
+    async def _on_worker(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _observe(self, inspection: Inspection) -> None:
         for stage, value in inspection.timing_ms:
@@ -224,12 +315,22 @@ class Inspector:
         self._metrics.decisions.labels(name, inspection.decision).inc()
 
 
-def _depict(
-    answer: Answer, render: Render, threshold: float, decoded: _Decoded
-) -> tuple[bytes | None, list[regions.Region]]:
-    anomaly_map = answer.prediction.anomaly_map
-    picture = heatmap.render(render, anomaly_map, threshold, decoded.pixels)
-    return picture, regions.find(anomaly_map, threshold, decoded.size)
+def _distinct(scored: list[_Scored]) -> tuple[list[Sample], list[str]]:
+    """Samples whose pixels differ, and the names of the others: a copy is no second sample."""
+    seen: set[str] = set()
+    samples, duplicates = [], []
+    for one in scored:
+        if one.pixels_sha256 in seen:
+            duplicates.append(one.sample.name)
+        else:
+            samples.append(one.sample)
+        seen.add(one.pixels_sha256)
+    return samples, duplicates
+
+
+def _cores() -> int:
+    """Cores this process may use, which containers and taskset narrow."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ms(seconds: float) -> float:

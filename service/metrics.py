@@ -24,6 +24,11 @@ class Metrics:
         self.queue_size = Gauge(
             "skrd4ad_queue_size", "Images waiting for the device.", registry=registry
         )
+        self.in_progress = Gauge(
+            "skrd4ad_inspections_in_progress",
+            "Inspections accepted and not yet answered; the limit is SKRD4AD_MAX_QUEUE a model.",
+            registry=registry,
+        )
         self.batch_size = Histogram(
             "skrd4ad_batch_size",
             "Images in one run of the graph.",

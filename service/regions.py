@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 MAX_REGIONS = 100
+OUTLINE_TOLERANCE = 1.0  # pixels of the map by which an outline may cut a corner
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,6 @@ def _outline(
     outlines, _ = cv2.findContours(
         inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
     )
-    points = (max(outlines, key=len).reshape(-1, 2) + corner + 0.5) * scale
+    corners = cv2.approxPolyDP(max(outlines, key=len), OUTLINE_TOLERANCE, closed=True)
+    points = (corners.reshape(-1, 2) + corner + 0.5) * scale
     return [(int(px), int(py)) for px, py in points]

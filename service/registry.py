@@ -10,10 +10,17 @@ from service.batcher import Batcher
 from service.bundle import Bundle
 from service.calibration import Calibration
 from service.detector import Detector
-from service.errors import BundleError, InvalidParameter, NotReady, UnknownModel
+from service.errors import (
+    BundleError,
+    DeviceUnavailable,
+    DigestMismatch,
+    InvalidParameter,
+    NotReady,
+    UnknownModel,
+)
 from service.metrics import Metrics
 from service.settings import Settings
-from service.store import Store
+from service.store import Graph, Store
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +33,11 @@ class Model:
     detector: Detector
     batcher: Batcher
     calibration: Calibration
+    trained: frozenset[str]  # digests of the files it was trained on
+
+    @property
+    def graph(self) -> Graph:
+        return Graph(self.name, self.bundle.version, self.bundle.digest)
 
     @property
     def name(self) -> str:
@@ -37,7 +49,9 @@ class Model:
 
 
 class Registry:
-    """The newest version of every model, loaded at start; other versions when first asked for.
+    """The newest version of every model, loaded at start; another version when asked for.
+
+    Of each model at most one other version stays loaded: the one asked for last.
 
     Raises BundleError or DeviceUnavailable at start: a service that can't serve all it was given
     doesn't start.
@@ -49,14 +63,15 @@ class Registry:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._models: dict[tuple[str, int], Model] = {}
         self._newest: dict[str, int] = {}
-        self._loading: dict[tuple[str, int], asyncio.Lock] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
         for name in bundles.names(settings.models):
             self._newest[name] = bundles.versions(settings.models, name)[-1]
             self._models[name, self._newest[name]] = self._load(name, self._newest[name])
-            self._publish(self._models[name, self._newest[name]])
+            self._announce(self._models[name, self._newest[name]])
         if not self._models:
             log.warning("no bundle in %s (<name>/<version>/manifest.json)", settings.models)
         metrics.queue_size.set_function(lambda: sum(m.batcher.waiting for m in self.loaded()))
+        metrics.in_progress.set_function(lambda: sum(m.batcher.places for m in self.loaded()))
 
     def loaded(self) -> list[Model]:
         return list(self._models.values())
@@ -65,10 +80,11 @@ class Registry:
         """The versions of a model on disk, ascending."""
         return bundles.versions(self._settings.models, name)
 
-    async def get(self, name: str | None, version: int | None) -> Model:
+    async def get(self, name: str | None, version: int | None, digest: str | None = None) -> Model:
         """The model that a request names; the only one where it names none.
 
-        Raises NotReady, InvalidParameter or UnknownModel, which list what there is.
+        Raises NotReady, InvalidParameter or UnknownModel, which list what there is, and
+        DigestMismatch where its graph is not the one that the caller insists on.
         """
         if not self._newest:
             raise NotReady(f"no model: there is no bundle in {self._settings.models}")
@@ -79,41 +95,58 @@ class Registry:
         if name not in self._newest:
             raise UnknownModel(f"model {name!r} is none of: {self._names()}")
         key = (name, version or self._newest[name])
-        if key not in self._models:
-            await self._load_once(key)
-        return self._models[key]
+        model = self._models.get(key) or await self._load_once(*key)
+        if digest not in (None, model.bundle.digest):
+            raise DigestMismatch(
+                f"{name} version {key[1]} has the digest {model.bundle.digest}, the request "
+                f"insists on {digest}"
+            )
+        return model
 
-    def activate(self, model: Model, calibration: Calibration) -> None:
+    def activate(self, graph: Graph, calibration: Calibration) -> None:
         """Make a stored calibration the one in force, from the next decision on."""
-        model.calibration = calibration
-        self._publish(model)
+        model = self._models.get((graph.model, graph.version))
+        if model is not None and model.graph == graph:  # else it is read when it is loaded
+            model.calibration = calibration
+            self._publish(model)
 
     def close(self) -> None:
         self._device_thread.shutdown()
 
-    async def _load_once(self, key: tuple[str, int]) -> None:
+    async def _load_once(self, name: str, version: int) -> Model:
         """Load a version off the event loop; callers that ask meanwhile wait for the same load."""
-        name, version = key
-        if version not in self.versions(name):
-            raise UnknownModel(
-                f"model {name!r} has no version {version}; there are {self.versions(name)}"
-            )
-        async with self._loading.setdefault(key, asyncio.Lock()):
-            if key not in self._models:
-                try:
-                    self._models[key] = await asyncio.to_thread(self._load, name, version)
-                except BundleError as error:
-                    raise NotReady(str(error)) from error
+        key = (name, version)
+        versions = await asyncio.to_thread(self.versions, name)
+        if version not in versions:
+            raise UnknownModel(f"model {name!r} has no version {version}; there are {versions}")
+        async with self._loading.setdefault(name, asyncio.Lock()):
+            if key in self._models:
+                return self._models[key]
+            try:
+                model = await asyncio.to_thread(self._load, name, version)
+            except DeviceUnavailable as error:  # out of memory, say: it may be had later
+                raise NotReady(str(error)) from error
+            for other in [k for k in self._models if k[0] == name and k[1] != self._newest[name]]:
+                self._forget(other)
+            self._models[key] = model
+            self._announce(model)
+            return model
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        """Drop a version; what is under way with it ends first, since each request holds it."""
+        model = self._models.pop(key)
+        self._metrics.model_info.remove(*_labels(model))
 
     def _load(self, name: str, version: int) -> Model:
         bundle = Bundle(self._settings.models / name / str(version))
+        graph = bundle.read_graph()
         if (bundle.name, bundle.version) != (name, version):
             raise BundleError(
                 f"{bundle.folder}: its manifest says {bundle.name} version {bundle.version}"
             )
         try:
             detector = Detector(
-                bundle.graph,
+                graph,
                 bundle.manifest.image_size,
                 self._settings.device,
                 self._settings.threads,
@@ -121,7 +154,7 @@ class Registry:
         except BundleError as error:
             raise BundleError(f"{bundle.folder}: {error}") from error
         self._device_thread.submit(detector.warm_up).result()
-        stored = self._store.active(bundle.digest)
+        active = self._store.active(Graph(name, version, bundle.digest))
         batcher = Batcher(
             detector.run,
             self._device_thread,
@@ -133,13 +166,9 @@ class Registry:
             bundle=bundle,
             detector=detector,
             batcher=batcher,
-            calibration=stored.calibration if stored else bundle.default_calibration(),
+            calibration=active or bundle.default_calibration(),
+            trained=frozenset(bundle.manifest.data.trained),
         )
-        network = bundle.manifest.network
-        self._metrics.model_info.labels(
-            name, version, bundle.digest, network.architecture, network.backbone
-        ).set(1)
-        self._metrics.provider_info.labels(detector.provider).set(1)
         log.info(
             "loaded %s version %d (%s) on %s; threshold %.4f from %s, %d samples",
             name,
@@ -152,6 +181,11 @@ class Registry:
         )
         return model
 
+    def _announce(self, model: Model) -> None:
+        self._metrics.model_info.labels(*_labels(model)).set(1)
+        self._metrics.provider_info.labels(model.detector.provider).set(1)
+        self._publish(model)
+
     def _publish(self, model: Model) -> None:
         """The newest version's threshold, which is what requests get that name no version."""
         if model.bundle.version == self._newest[model.name]:
@@ -160,3 +194,14 @@ class Registry:
 
     def _names(self) -> str:
         return ", ".join(self._newest)
+
+
+def _labels(model: Model) -> tuple[str, ...]:
+    network = model.bundle.manifest.network
+    return (
+        model.name,
+        str(model.bundle.version),
+        model.bundle.digest,
+        network.architecture,
+        network.backbone,
+    )

@@ -161,18 +161,19 @@ class CalibrationOut(BaseModel):
 
     @classmethod
     def of(cls, stored: StoredCalibration, **more: object) -> Self:
-        calibration = stored.calibration
         return cls(
             id=stored.id,
             created=stored.created,
-            model=ModelReference(name=stored.model, version=stored.version, digest=stored.digest),
+            model=ModelReference(
+                name=stored.graph.model, version=stored.graph.version, digest=stored.graph.digest
+            ),
             active=stored.active,
-            threshold=calibration.threshold,
-            target_fpr=calibration.target_fpr,
-            achievable_fpr=calibration.achievable_fpr,
-            samples=calibration.samples,
-            min_samples_needed=min_samples(calibration.target_fpr),
-            quantiles=calibration.quantiles(),
+            threshold=stored.threshold,
+            target_fpr=stored.target_fpr,
+            achievable_fpr=stored.achievable_fpr,
+            samples=stored.sample_count,
+            min_samples_needed=min_samples(stored.target_fpr),
+            quantiles=stored.quantiles,
             **more,
         )
 
@@ -211,7 +212,9 @@ class NewCalibration(CalibrationOut):
     outliers: Annotated[
         list[Outlier], Field(description="the samples that scored highest: look at them")
     ]
-    duplicates: Annotated[list[str], Field(description="files sent more than once, counted once")]
+    duplicates: Annotated[
+        list[str], Field(description="pictures sent more than once, counted once")
+    ]
     failed: list[Failure]
 
 

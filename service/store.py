@@ -1,11 +1,10 @@
 """What changes after export and must survive a restart: calibrations and which one is active."""
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,15 @@ calibrations = sa.Table(
     sa.Column("model", sa.String(64), nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("target_fpr", sa.Float, nullable=False),
-    sa.Column("threshold", sa.Float, nullable=False),
-    sa.Column("samples", sa.JSON, nullable=False),
     sa.Column("active", sa.Boolean, nullable=False),
-    sa.Index("calibrations_by_digest", "digest", "active"),
+    sa.Column("target_fpr", sa.Float, nullable=False),
+    sa.Column("achievable_fpr", sa.Float, nullable=False),
+    sa.Column("threshold", sa.Float, nullable=False),
+    sa.Column("sample_count", sa.Integer, nullable=False),
+    sa.Column("quantiles", sa.JSON, nullable=False),
+    sa.Column("samples", sa.JSON, nullable=False),  # large: read for the active one alone
+    sa.Index("calibrations_by_graph", "model", "version", "digest", "active"),
+    sa.Index("calibrations_by_time", "created"),
 )
 
 
@@ -42,15 +45,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class StoredCalibration:
-    id: str
-    created: datetime
+class Graph:
+    """What a calibration is bound to: no other graph, version or model ever gets it."""
+
     model: str
     version: int
     digest: str
+
+
+@dataclass(frozen=True)
+class StoredCalibration:
+    """A calibration as it is listed: everything but its samples."""
+
+    id: str
+    created: datetime
+    graph: Graph
     active: bool
-    samples: list[Sample]
-    calibration: Calibration
+    target_fpr: float
+    achievable_fpr: float
+    threshold: float
+    sample_count: int
+    quantiles: dict[str, float]
 
 
 class Store:
@@ -62,6 +77,11 @@ class Store:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
+        except sa.exc.ArgumentError:
+            raise SettingsError(
+                "database_url is no SQLAlchemy URL (sqlite:///file.sqlite)"
+            ) from None
+        try:
             if parsed.get_backend_name() == "sqlite" and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             self._engine = sa.create_engine(parsed)
@@ -69,93 +89,92 @@ class Store:
                 sa.event.listen(self._engine, "connect", _write_ahead)
             metadata.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
-            raise SettingsError(f"database {url}: {error}") from error
+            shown = parsed.render_as_string(hide_password=True)
+            raise SettingsError(f"database {shown}: {error}") from error
 
     def add(
-        self,
-        model: str,
-        version: int,
-        digest: str,
-        calibration: Calibration,
-        samples: list[Sample],
-        *,
-        activate: bool,
+        self, graph: Graph, calibration: Calibration, samples: list[Sample], *, activate: bool
     ) -> StoredCalibration:
         """Keep a calibration; activating it replaces the one active for the same graph."""
-        stored = StoredCalibration(
-            id=calibration.id,
-            created=datetime.now(UTC),
-            model=model,
-            version=version,
-            digest=digest,
-            active=activate,
-            samples=samples,
-            calibration=calibration,
-        )
-        with self._begin() as connection:
+        values = {
+            "id": calibration.id,
+            "created": datetime.now(UTC).isoformat(),
+            **vars(graph),
+            "active": activate,
+            "target_fpr": calibration.target_fpr,
+            "achievable_fpr": calibration.achievable_fpr,
+            "threshold": calibration.threshold,
+            "sample_count": calibration.samples,
+            "quantiles": calibration.quantiles(),
+        }
+        with self._engine.begin() as connection:
             if activate:
-                connection.execute(
-                    calibrations.update()
-                    .where(calibrations.c.digest == digest)
-                    .values(active=False)
-                )
-            connection.execute(
-                calibrations.insert().values(
-                    id=stored.id,
-                    created=stored.created.isoformat(),
-                    model=model,
-                    version=version,
-                    digest=digest,
-                    target_fpr=calibration.target_fpr,
-                    threshold=calibration.threshold,
-                    samples=[vars(sample) for sample in samples],
-                    active=activate,
-                )
-            )
-        return stored
+                _deactivate(connection, graph)
+            stored = [vars(sample) for sample in samples]
+            connection.execute(calibrations.insert().values(**values, samples=stored))
+        return _listed(SimpleNamespace(**values))
 
-    def list(self, model: str | None = None) -> list[StoredCalibration]:
-        """All calibrations, or those of one model, newest first."""
-        query = sa.select(calibrations).order_by(calibrations.c.created.desc())
+    def list(self, model: str | None = None, limit: int = 100) -> list[StoredCalibration]:
+        """Calibrations, or those of one model, newest first."""
+        query = sa.select(*_LISTED).order_by(calibrations.c.created.desc()).limit(limit)
         if model is not None:
             query = query.where(calibrations.c.model == model)
-        with self._begin() as connection:
-            return [_stored(row) for row in connection.execute(query)]
+        with self._engine.begin() as connection:
+            return [_listed(row) for row in connection.execute(query)]
 
-    def active(self, digest: str) -> StoredCalibration | None:
-        """The active calibration of a graph; those of other graphs never apply to it."""
-        query = sa.select(calibrations).where(
-            calibrations.c.digest == digest, calibrations.c.active
-        )
-        with self._begin() as connection:
+    def get(self, id: str) -> StoredCalibration | None:
+        query = sa.select(*_LISTED).where(calibrations.c.id == id)
+        with self._engine.begin() as connection:
             row = connection.execute(query).first()
-        return _stored(row) if row else None
+        return _listed(row) if row else None
+
+    def activate(self, calibration: StoredCalibration) -> None:
+        """Make it the active one of its graph."""
+        with self._engine.begin() as connection:
+            _deactivate(connection, calibration.graph)
+            chosen = calibrations.c.id == calibration.id
+            connection.execute(calibrations.update().where(chosen).values(active=True))
+
+    def active(self, graph: Graph) -> Calibration | None:
+        """The active calibration of a graph, with the threshold that was told when it was made."""
+        query = sa.select(calibrations).where(*_of(graph), calibrations.c.active)
+        with self._engine.begin() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            return None
+        scores = np.array([sample["score"] for sample in row.samples])
+        return Calibration(row.id, row.target_fpr, scores, row.threshold)
 
     def close(self) -> None:
         self._engine.dispose()
-
-    @contextmanager
-    def _begin(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
-            yield connection
 
 
 def new_id() -> str:
     return f"cal_{secrets.token_hex(8)}"
 
 
-def _stored(row: Any) -> StoredCalibration:
-    samples = [Sample(**sample) for sample in row.samples]
-    scores = np.array([sample.score for sample in samples])
+_LISTED = [column for column in calibrations.c if column.name != "samples"]
+
+
+def _of(graph: Graph) -> list[sa.ColumnElement[bool]]:
+    return [calibrations.c[name] == value for name, value in vars(graph).items()]
+
+
+def _deactivate(connection: sa.Connection, graph: Graph) -> None:
+    connection.execute(calibrations.update().where(*_of(graph)).values(active=False))
+
+
+def _listed(row: Any) -> StoredCalibration:
     return StoredCalibration(
         id=row.id,
         created=datetime.fromisoformat(row.created),
-        model=row.model,
-        version=row.version,
-        digest=row.digest,
+        graph=Graph(row.model, row.version, row.digest),
         active=row.active,
-        samples=samples,
-        calibration=Calibration(row.id, row.target_fpr, scores),
+        target_fpr=row.target_fpr,
+        achievable_fpr=row.achievable_fpr,
+        threshold=row.threshold,
+        sample_count=row.sample_count,
+        quantiles=row.quantiles,
     )
 
 

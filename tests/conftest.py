@@ -33,30 +33,68 @@ from service.settings import Settings
 SIZE = (64, 96)  # height, width: not square, so that swapped axes show
 
 
-def brightness_graph(size: tuple[int, int] = SIZE, *, output: str = "anomaly_map") -> bytes:
-    """image uint8 (N, h, w, 3) -> mean of RGB / 255 and its maximum."""
+def brightness_graph(
+    size: tuple[int, int] = SIZE, *, output: str = "anomaly_map", fragile: bool = False
+) -> bytes:
+    """image uint8 (N, h, w, 3) -> mean of RGB / 255 and its maximum.
+
+    A `fragile` graph raises in the runtime for a batch with a pure white first pixel.
+    """
     scale = numpy_helper.from_array(np.array(1 / 255, np.float32), "scale")
     channel = numpy_helper.from_array(np.array([3], np.int64), "channel")
     places = numpy_helper.from_array(np.array([1, 2], np.int64), "places")
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["float", "scale"], ["scaled"]),
+        helper.make_node("Mul", ["float", "scale"], ["unchecked" if fragile else "scaled"]),
         helper.make_node("ReduceMean", ["scaled", "channel"], [output], keepdims=0),
         helper.make_node("ReduceMax", [output, "places"], ["image_score"], keepdims=0),
     ]
+    constants = [scale, channel, places]
+    if fragile:
+        nodes += _trap()
+        constants += [
+            numpy_helper.from_array(np.zeros(255, np.float32), "zeros"),
+            numpy_helper.from_array(np.zeros(1, np.int64), "corner_start"),
+            numpy_helper.from_array(np.ones(1, np.int64), "corner_end"),
+        ]
     graph = helper.make_graph(
-        nodes,
+        sorted(
+            nodes, key=lambda node: node.op_type == "ReduceMean" or "image_score" in node.output
+        ),
         "brightness",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", *size, 3])],
         [
             helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", *size]),
             helper.make_tensor_value_info("image_score", TensorProto.FLOAT, ["batch"]),
         ],
-        [scale, channel, places],
+        constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
+
+
+def _trap() -> list[onnx.NodeProto]:
+    """Looks the red value of each first pixel up in a table of 255 zeros: 255 is out of bounds."""
+    corner = ["image"]
+    nodes = []
+    for axis in (1, 2, 3):
+        name = f"axis{axis}"
+        nodes.append(
+            helper.make_node("Constant", [], [name], value_ints=[axis])  # type: ignore[list-item]
+        )
+        nodes.append(
+            helper.make_node(
+                "Slice", [corner[-1], "corner_start", "corner_end", name], [f"corner{axis}"]
+            )
+        )
+        corner.append(f"corner{axis}")
+    return [
+        *nodes,
+        helper.make_node("Cast", [corner[-1]], ["row"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["zeros", "row"], ["nothing"]),
+        helper.make_node("Add", ["unchecked", "nothing"], ["scaled"]),
+    ]
 
 
 def manifest_of(
@@ -85,7 +123,7 @@ def manifest_of(
         teacher=Teacher(origin="test", sha256="0" * 64, licence="Apache-2.0"),
         data=TrainingData(
             fingerprint="1" * 64,
-            trained=100,
+            trained=[f"{i:064x}" for i in range(1000, 1100)],
             held_out=[
                 HeldOutImage(file=f"train/good/{i:03}.png", sha256=f"{i:064x}", score=float(score))
                 for i, score in enumerate(scores)

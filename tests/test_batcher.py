@@ -1,0 +1,182 @@
+"""Batches without a timer: shared, bounded, and every caller answered."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.batcher import Batcher
+from service.detector import Prediction
+from service.errors import InferenceFailed, Overloaded
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+MAP = np.zeros((4, 4), np.float32)
+
+
+class Device:
+    """Scores an image by its first byte; can be held up, and fails for 255."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def run(self, images: np.ndarray) -> list[Prediction]:
+        values = [int(image[0, 0, 0]) for image in images]
+        self.batches.append(values)
+        self.entered.set()
+        assert self.open.wait(10)
+        if 255 in values:
+            raise InferenceFailed("white is too much")
+        return [Prediction(float(value), MAP) for value in values]
+
+
+def image_of(value: int) -> np.ndarray:
+    return np.full((4, 4, 3), value, np.uint8)
+
+
+def run(scenario: Callable[[Batcher, Device], Coroutine[Any, Any, None]], **limits: int) -> Device:
+    """Runs a scenario with a batcher of at most 4 images a batch."""
+    device = Device()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            options = {"max_batch_size": 4, "max_queue": 8} | limits
+            batcher = Batcher(device.run, thread, **options)
+            try:
+                await asyncio.wait_for(scenario(batcher, device), 20)
+            finally:
+                device.open.set()
+
+    asyncio.run(main())
+    return device
+
+
+async def held_up(batcher: Batcher, device: Device) -> "asyncio.Task[Any]":
+    """The device busy with one image until `device.open` is set."""
+    device.open.clear()
+    first = asyncio.create_task(batcher.submit(image_of(0)))
+    await asyncio.to_thread(device.entered.wait, 10)
+    return first
+
+
+def test_a_lone_image_is_run_at_once_and_alone() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        answer = await batcher.submit(image_of(7))
+        assert answer.prediction.score == 7
+        assert answer.batch_size == 1
+
+    assert run(scenario).batches == [[7]]
+
+
+def test_what_waits_while_the_device_is_busy_becomes_the_next_batch() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 2, 3)]
+        await asyncio.sleep(0)
+        device.open.set()
+        answers = await asyncio.gather(first, *rest)
+        assert [answer.prediction.score for answer in answers] == [0, 1, 2, 3]
+        assert [answer.batch_size for answer in answers] == [1, 3, 3, 3]
+        assert all(answer.queue_s >= 0 and answer.infer_s > 0 for answer in answers)
+
+    assert run(scenario).batches == [[0], [1, 2, 3]]
+
+
+def test_a_batch_is_never_larger_than_its_limit() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in range(1, 8)]
+        await asyncio.sleep(0)
+        device.open.set()
+        await asyncio.gather(first, *rest)
+
+    assert [len(batch) for batch in run(scenario).batches] == [1, 4, 3]
+
+
+def test_one_failure_answers_every_waiter_and_the_next_batch_still_runs() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        doomed = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 255, 3)]
+        await asyncio.sleep(0)
+        device.open.set()
+        await first
+        for task in doomed:
+            with pytest.raises(InferenceFailed, match="white is too much"):
+                await task
+        assert (await batcher.submit(image_of(9))).prediction.score == 9
+
+    run(scenario)
+
+
+def test_an_unforeseen_exception_answers_every_waiter_too() -> None:
+    async def main() -> None:
+        def broken(images: np.ndarray) -> list[Prediction]:
+            raise ZeroDivisionError("by nothing")
+
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(broken, thread, max_batch_size=4, max_queue=4)
+            for _ in range(2):
+                with pytest.raises(InferenceFailed, match="ZeroDivisionError: by nothing"):
+                    await asyncio.wait_for(batcher.submit(IMAGE), 10)
+
+    asyncio.run(main())
+
+
+def test_a_run_that_forgets_an_image_is_a_failure_and_nobody_waits_for_ever() -> None:
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(lambda images: [], thread, max_batch_size=4, max_queue=4)
+            with pytest.raises(InferenceFailed, match="ValueError"):
+                await asyncio.wait_for(batcher.submit(IMAGE), 10)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_caller_never_reaches_the_device_and_frees_the_queue() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        leaving = asyncio.create_task(batcher.submit(image_of(1)))
+        staying = asyncio.create_task(batcher.submit(image_of(2)))
+        await asyncio.sleep(0)
+        assert batcher.waiting == 2
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        assert batcher.waiting == 1
+        device.open.set()
+        await asyncio.gather(first, staying)
+
+    assert run(scenario).batches == [[0], [2]]
+
+
+def test_a_caller_that_leaves_during_the_run_does_not_disturb_the_others() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        first.cancel()
+        await asyncio.wait((first,))
+        second = asyncio.create_task(batcher.submit(image_of(5)))
+        await asyncio.sleep(0)
+        device.open.set()
+        assert (await second).prediction.score == 5
+
+    run(scenario)
+
+
+def test_places_are_bounded_and_given_back() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        with (
+            batcher.place(),
+            batcher.place(),
+            pytest.raises(Overloaded, match="2 inspections .* the limit is 2"),
+            batcher.place(),
+        ):
+            raise AssertionError("a third place was given")
+        with batcher.place():
+            pass
+
+    run(scenario, max_queue=2)

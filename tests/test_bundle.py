@@ -1,0 +1,114 @@
+"""The immutable folder, and every way in which one can be wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import brightness_graph, manifest_of
+
+from service import bundle as bundles
+from service.bundle import Bundle
+from service.errors import BundleError
+
+Write = Callable[..., Bundle]
+
+
+def edit_manifest(bundle: Bundle, **changes: object) -> None:
+    path = bundle.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_written_is_read_back(write_bundle: Write) -> None:
+    bundle = write_bundle(name="washer", version=3)
+
+    assert (bundle.name, bundle.version) == ("washer", 3)
+    assert bundle.read_graph() == brightness_graph()
+    assert bundle.manifest == manifest_of(brightness_graph(), name="washer", version=3)
+
+
+def test_the_default_threshold_comes_from_the_held_out_scores(write_bundle: Write) -> None:
+    calibration = write_bundle(scores=(0.2, 0.4, 0.1)).default_calibration()
+
+    assert calibration.target_fpr == pytest.approx(1 / 4)
+    assert 0.4 < calibration.threshold < 0.4001
+
+
+def test_a_changed_graph_is_refused_with_both_digests(write_bundle: Write) -> None:
+    bundle = write_bundle()
+    path = bundle.folder / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+
+    with pytest.raises(BundleError, match=rf"model.onnx: SHA-256 is .*{bundle.digest}"):
+        bundle.read_graph()
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "manifest.json"])
+def test_a_missing_file_is_named(write_bundle: Write, file: str) -> None:
+    bundle = write_bundle()
+    (bundle.folder / file).unlink()
+
+    with pytest.raises(BundleError, match=f"{file}: No such file"):
+        Bundle(bundle.folder).read_graph()
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"format": 2}, "format"),
+        ({"image_size": [250, 256]}, "image_size"),
+        ({"name": "../escape"}, "name"),
+        ({"version": 0}, "version"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_manifest_with_a_wrong_field_is_refused_by_its_name(
+    write_bundle: Write, change: dict[str, object], where: str
+) -> None:
+    bundle = write_bundle()
+    edit_manifest(bundle, **change)
+
+    with pytest.raises(BundleError, match=rf"manifest.json: {where}"):
+        Bundle(bundle.folder)
+
+
+def test_a_manifest_that_is_no_json_is_refused(write_bundle: Write) -> None:
+    bundle = write_bundle()
+    (bundle.folder / "manifest.json").write_text("{")
+
+    with pytest.raises(BundleError, match="manifest.json: the file: Invalid JSON"):
+        Bundle(bundle.folder)
+
+
+def test_a_bundle_without_held_out_images_is_refused(write_bundle: Write) -> None:
+    bundle = write_bundle(scores=(0.1,))
+    data = json.loads((bundle.folder / "manifest.json").read_text())["data"]
+    edit_manifest(bundle, data=data | {"held_out": []})
+
+    with pytest.raises(BundleError, match="at least one held-out image"):
+        Bundle(bundle.folder)
+
+
+def test_a_bundle_is_never_overwritten(write_bundle: Write) -> None:
+    write_bundle()
+
+    with pytest.raises(BundleError, match="never overwritten"):
+        write_bundle()
+
+
+def test_versions_are_the_integer_folders_with_a_manifest(
+    write_bundle: Write, tmp_path: Path
+) -> None:
+    for version in (2, 10, 1):
+        write_bundle(version=version)
+    for stranger in ("checkpoint", "3", ".4.partial", "07"):
+        (tmp_path / "models" / "part" / stranger).mkdir()
+    (tmp_path / "models" / "teachers").mkdir()
+
+    assert bundles.versions(tmp_path / "models", "part") == [1, 2, 10]
+    assert bundles.names(tmp_path / "models") == ["part"]
+
+
+def test_a_models_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nowhere: No such file"):
+        bundles.names(tmp_path / "nowhere")

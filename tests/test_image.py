@@ -1,0 +1,192 @@
+"""The one way in for pixels."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded
+from PIL import Image
+
+from service import image
+from service.errors import InvalidImage, TooLarge, UnsupportedFormat
+
+GRADIENT = np.stack(
+    [
+        np.tile(np.arange(0, 240, 5, dtype=np.uint8), (64, 1)),
+        np.tile(np.arange(0, 192, 3, dtype=np.uint8)[:, None], (1, 48)),
+        np.full((64, 48), 77, np.uint8),
+    ],
+    axis=2,
+)  # (64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})],
+)
+def test_lossless_formats_give_the_exact_rgb_pixels(format: str, options: dict) -> None:
+    assert np.array_equal(image.decode(encoded(GRADIENT, format, **options)), GRADIENT)
+
+
+def test_a_jpeg_gives_nearly_the_same_pixels() -> None:
+    decoded = image.decode(encoded(GRADIENT, "JPEG", quality=98, subsampling=0))
+
+    assert np.abs(decoded.astype(int) - GRADIENT).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    turned = Image.fromarray(GRADIENT)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    turned.save(buffer, "PNG", exif=exif)
+
+    decoded = image.decode(buffer.getvalue())
+
+    upright = {  # how EXIF 2.3 says to bring each one upright
+        1: GRADIENT,
+        2: GRADIENT[:, ::-1],
+        3: GRADIENT[::-1, ::-1],
+        4: GRADIENT[::-1],
+        5: GRADIENT.transpose(1, 0, 2),
+        6: np.rot90(GRADIENT, -1),
+        7: GRADIENT[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(GRADIENT, 1),
+    }[orientation]
+    assert np.array_equal(decoded, upright)
+
+
+def test_alpha_is_dropped_without_blending() -> None:
+    with_alpha = np.dstack([GRADIENT, np.full((64, 48), 3, np.uint8)])
+
+    assert np.array_equal(image.decode(encoded(with_alpha)), GRADIENT)
+
+
+def test_gray_is_repeated() -> None:
+    gray = GRADIENT[..., 0]
+
+    assert np.array_equal(image.decode(encoded(gray)), np.repeat(gray[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_and_never_saturated(format: str) -> None:
+    deep = (np.arange(64 * 48, dtype=np.uint32).reshape(64, 48) * 21).astype(np.uint16)
+
+    decoded = image.decode(encoded(deep, format))
+
+    assert np.array_equal(decoded, np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_a_palette_png_gives_its_colours() -> None:
+    indexed = Image.fromarray(GRADIENT).quantize(16)
+    buffer = io.BytesIO()
+    indexed.save(buffer, "PNG")
+
+    assert np.array_equal(image.decode(buffer.getvalue()), np.asarray(indexed.convert("RGB")))
+
+
+def test_a_cmyk_jpeg_is_converted() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(GRADIENT).convert("CMYK").save(buffer, "JPEG", quality=98)
+
+    decoded = image.decode(buffer.getvalue())
+
+    assert np.abs(decoded.astype(int) - GRADIENT).mean() < 4
+
+
+def test_a_multi_picture_jpeg_of_a_camera_is_a_jpeg() -> None:
+    buffer = io.BytesIO()
+    first, second = Image.fromarray(GRADIENT), Image.fromarray(GRADIENT[::-1].copy())
+    first.save(buffer, "MPO", save_all=True, append_images=[second], quality=98)
+
+    assert image.read_header(buffer.getvalue()).format == "JPEG"
+    assert np.abs(image.decode(buffer.getvalue()).astype(int) - GRADIENT).mean() < 4
+
+
+def test_floating_point_pixels_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedFormat, match="TIFF with 32-bit samples"):
+        image.decode(encoded(np.ones((8, 8), np.float32), "TIFF"))
+
+
+def test_the_content_decides_the_format_and_others_are_refused() -> None:
+    with pytest.raises(InvalidImage, match="bytes are not an image"):
+        image.decode(b"GIF was here, or so it says")
+
+
+def test_a_gif_is_refused_as_a_format_that_is_not_read() -> None:
+    with pytest.raises(UnsupportedFormat, match="GIF"):
+        image.decode(encoded(GRADIENT[..., 0], "GIF"))
+
+
+def test_no_bytes_are_refused() -> None:
+    with pytest.raises(InvalidImage, match="0 bytes"):
+        image.decode(b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_truncated_image_is_refused_and_never_half_gray(format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    whole = encoded(noise, format)
+
+    with pytest.raises(InvalidImage):
+        image.decode(whole[: int(len(whole) * share)])
+
+
+def test_too_many_pixels_are_refused_by_the_header_alone() -> None:
+    with pytest.raises(TooLarge, match="64 = 3072 pixels; the limit is 3000"):
+        image.decode(encoded(GRADIENT), max_pixels=3000)
+
+
+def test_a_decompression_bomb_is_refused_without_being_decoded() -> None:
+    row = b"\0" * (20_000 // 8 + 1)
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (
+            (b"IHDR", header),
+            (b"IDAT", zlib.compress(row * 20_000, 9)),
+            (b"IEND", b""),
+        )
+    )
+    assert len(bomb) < 60_000
+
+    with pytest.raises(TooLarge, match="20000x20000 = 400000000 pixels"):
+        image.decode(bomb)
+
+
+def test_resize_is_antialiased() -> None:
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255  # one pixel on, one off: without antialiasing all black or all white
+
+    small = image.resize(stripes, (64, 64))
+
+    assert small.shape == (64, 64, 3)
+    assert np.abs(small[8:-8, 8:-8].astype(int) - 127).max() <= 2
+
+
+def test_resize_takes_height_before_width() -> None:
+    assert image.resize(GRADIENT, (32, 96)).shape == (32, 96, 3)
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
+    assert image.resize(GRADIENT, (64, 48)) is GRADIENT
+
+
+def test_reading_a_file_is_decoding_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "part.png"
+    path.write_bytes(encoded(GRADIENT))
+
+    assert np.array_equal(image.read(path), GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("a.JPG", True), ("b.tiff", True), ("c.txt", False), (".d.png", False), ("e", False)],
+)
+def test_images_are_told_by_their_suffix_and_hidden_files_left_out(name: str, counts: bool) -> None:
+    assert image.is_image_name(name) is counts

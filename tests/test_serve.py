@@ -1,0 +1,298 @@
+"""The service as a process: start, load, departures, signals, restarts."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from conftest import encoded, normal_pictures, picture, spotted
+
+from service.bundle import Bundle
+
+ROOT = Path(__file__).parent.parent
+Write = Callable[..., Bundle]
+
+
+class Server:
+    """`python -m service serve` on a free port."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = folder / "log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service", "serve", "--port", str(self.port)]
+                + ["--models", str(folder / "models"), "--device", "cpu", "--threads", "1"]
+                + ["--database-url", f"sqlite:///{folder / 'state.sqlite'}"],
+                env=os.environ | {f"SKRD4AD_{k.upper()}": v for k, v in environment.items()},
+                cwd=ROOT,
+                stderr=log,
+            )
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    def wait_until_ready(self) -> "Server":
+        wait_for(lambda: self._answers(), f"the service is not ready:\n{self.log.read_text()}")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with contextlib.suppress(httpx2.TransportError):
+            return self.client.get("/readyz").status_code == 200
+        return False
+
+    def inspect(self, data: bytes, **query: str) -> httpx2.Response:
+        headers = {"Content-Type": "image/png"}
+        return self.client.post("/v1/inspect", content=data, params=query, headers=headers)
+
+    def half_sent(self, path: str = "/v1/inspect") -> socket.socket:
+        """A connection whose request promises more bytes than it sends."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+            "Content-Length: 1000\r\n\r\nhalf".encode()
+        )
+        return connection
+
+    def metric(self, line: str) -> float:
+        for found in self.client.get("/metrics").text.splitlines():
+            if found.startswith(line + " "):
+                return float(found.split()[-1])
+        return 0.0
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.client.close()
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+def received(connection: socket.socket) -> bytes:
+    """Everything until the server closes the connection."""
+    answer = b""
+    while chunk := connection.recv(65536):
+        answer += chunk
+    return answer
+
+
+def wait_for(condition: Callable[[], bool], message: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def serve(tmp_path: Path, write_bundle: Write) -> Iterator[Callable[..., Server]]:
+    """Starts servers over one models folder and one database; stops what the test left."""
+    write_bundle()
+    servers: list[Server] = []
+
+    def start(**environment: str) -> Server:
+        servers.append(Server(tmp_path, **environment))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop(signal.SIGKILL)
+
+
+def run_serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", "serve", *flags],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_many_clients_at_once_get_each_their_own_answer(serve: Callable[..., Server]) -> None:
+    server = serve()
+    brightness = [0.35 + 0.01 * i for i in range(40)]
+    scores: dict[float, float] = {}
+
+    def ask(value: float) -> None:
+        answer = server.inspect(encoded(spotted(value)), render="none").json()
+        scores[value] = answer["score"]
+
+    threads = [threading.Thread(target=ask, args=(value,)) for value in brightness]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert scores == pytest.approx({v: round(255 * v) / 255 for v in brightness}, rel=1e-5)
+    assert server.metric("skrd4ad_batch_size_sum") == len(brightness)
+    assert server.metric("skrd4ad_batch_size_count") < len(brightness)  # some shared a batch
+
+
+def test_a_full_queue_is_429_with_retry_after_and_health_still_answers(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(max_queue="1")
+    with server.half_sent():  # holds the only place from the door on
+        in_progress = "skrd4ad_inspections_in_progress"
+        wait_for(lambda: server.metric(in_progress) == 1, "the place was never taken")
+
+        refused = server.inspect(encoded(picture()))
+
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+        assert "the limit is 1" in refused.json()["detail"]
+        assert server.client.get("/livez").status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+
+    wait_for(lambda: server.inspect(encoded(picture())).status_code == 200, "place not freed")
+
+
+def test_a_body_that_never_comes_is_504_at_the_deadline(serve: Callable[..., Server]) -> None:
+    server = serve(request_timeout_s="0.3")
+
+    with server.half_sent() as connection:
+        answer = received(connection).decode()
+
+    assert answer.startswith("HTTP/1.1 504")
+    assert "not answered within 0.3 s" in answer
+    assert server.inspect(encoded(picture())).status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_frees_its_place_and_is_no_error(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(max_queue="1", request_timeout_s="600")
+
+    for _ in range(3):
+        server.half_sent().close()
+
+    left = 'skrd4ad_requests_total{method="POST",route="/v1/inspect",status="499"}'
+    wait_for(lambda: server.metric(left) >= 1, "no 499 counted")
+    wait_for(lambda: server.inspect(encoded(picture())).status_code == 200, "place not freed")
+    failed = 'skrd4ad_requests_total{method="POST",route="/v1/inspect",status="500"}'
+    assert server.metric(failed) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_second_calibration_at_once_is_429(serve: Callable[..., Server]) -> None:
+    server = serve()
+    head = (
+        "POST /v1/calibrate HTTP/1.1\r\nHost: t\r\nContent-Length: 1000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+    )
+    files = [("images", (name, data)) for name, data in normal_pictures(20)]
+
+    def status() -> int:
+        return server.client.post("/v1/calibrate?target_fpr=0.05", files=files).status_code
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+        wait_for(lambda: status() == 429, "two calibrations at once")
+    wait_for(lambda: status() == 201, "the place was not freed")
+
+
+def test_sigterm_answers_what_was_accepted_and_exits_cleanly(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve()
+    data = encoded(spotted())
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    head = f"POST /v1/inspect HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    connection.sendall(head + data[:10])
+    wait_for(lambda: server.client.get("/livez").status_code == 200, "not live")
+
+    server.process.send_signal(signal.SIGTERM)
+    connection.sendall(data[10:])
+    answer = received(connection)
+    connection.close()
+
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["decision"] == "anomalous"
+    assert server.process.wait(30) == 0
+
+
+def test_a_killed_service_comes_back_with_its_calibration(serve: Callable[..., Server]) -> None:
+    server = serve()
+    files = [("images", (name, data)) for name, data in normal_pictures(25)]
+    made = server.client.post("/v1/calibrate?target_fpr=0.05", files=files).json()
+    server.stop(signal.SIGKILL)
+
+    answer = serve().inspect(encoded(picture())).json()
+
+    assert answer["calibration"]["id"] == made["id"]
+    assert answer["threshold"] == made["threshold"]
+
+
+def test_the_log_has_one_line_for_a_request_with_its_id(serve: Callable[..., Server]) -> None:
+    server = serve()
+
+    request_id = server.inspect(encoded(picture())).json()["request_id"]
+
+    # Written when the answer has gone out, which may be after it has come in here.
+    wait_for(lambda: request_id in server.log.read_text(), "not logged")
+    lines = [line for line in server.log.read_text().splitlines() if request_id in line]
+    assert len(lines) == 1
+    assert "POST /v1/inspect 200" in lines[0]
+
+
+def test_a_device_that_cannot_be_had_stops_the_start(tmp_path: Path, write_bundle: Write) -> None:
+    write_bundle()
+    device = "cuda" if not os.path.exists("/dev/nvidia0") else "openvino"
+
+    result = run_serve(
+        "--models",
+        str(tmp_path / "models"),
+        "--device",
+        device,
+        SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
+    )
+
+    assert result.returncode == 1
+    assert f"error: device {device} was asked for" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_models_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    result = run_serve(
+        "--models",
+        str(tmp_path / "nowhere"),
+        SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
+    )
+
+    assert result.returncode == 1
+    assert "nowhere: No such file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_listening_beyond_loopback_without_permission_stops_the_start() -> None:
+    result = run_serve("--host", "0.0.0.0")
+
+    assert result.returncode == 1
+    assert "SKRD4AD_ALLOW_ANONYMOUS=true" in result.stderr
+
+
+def test_a_port_that_is_taken_stops_the_start_with_its_number(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve()
+
+    result = run_serve(
+        "--models",
+        str(tmp_path / "models"),
+        "--port",
+        str(server.port),
+        SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 'other.sqlite'}",
+    )
+
+    assert result.returncode == 1
+    assert str(server.port) in result.stderr
+    assert "Traceback" not in result.stderr
