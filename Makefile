@@ -1,13 +1,14 @@
 # `make` lists the commands; each sets up what it needs in .venv and runs.
-HOST   ?= 127.0.0.1
-PORT   ?= 8000
-MODELS ?= models
-PYTHON ?= python3
+# On the command line, as in `make serve PORT=9000`, or as the service's own variables.
+HOST   = $(or $(SKRD4AD_HOST),127.0.0.1)
+PORT   = $(or $(SKRD4AD_PORT),8000)
+MODELS = $(or $(SKRD4AD_MODELS),models)
+PYTHON = python3
 # The two runtimes exclude each other, so one is chosen by whether an NVIDIA driver answers.
-RUNTIME ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format demo demo-model constraints clean
+.PHONY: help serve install test lint format demo demo-model constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,20 +18,28 @@ help:  ## this list
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-install = .venv/bin/uv pip install --quiet --python .venv/bin/python --constraints constraints.txt --editable
+uv_pip = .venv/bin/uv pip $(1) --quiet --python .venv/bin/python
+install = $(call uv_pip,install) --constraints constraints.txt --editable
+# Both wheels write the same folder: the other one leaves before this one comes.
+OTHER_RUNTIME = $(if $(filter gpu,$(RUNTIME)),onnxruntime onnxruntime-ep-openvino,onnxruntime-gpu)
+leave_other_runtime = @$(call uv_pip,uninstall) $(OTHER_RUNTIME) 2>/dev/null || true; rm -f .venv/runtime-* .venv/development-*
 
 .venv/runtime-$(RUNTIME): .venv/bin/uv pyproject.toml constraints.txt
 	@echo "installing the service ($(RUNTIME) runtime) into .venv"
+	$(leave_other_runtime)
 	$(install) '.[$(RUNTIME)]'
 	@touch $@
 
 .venv/development-$(RUNTIME): .venv/bin/uv pyproject.toml constraints.txt
 	@echo "installing service, training and test tools ($(RUNTIME) runtime) into .venv: about 6 GB with torch"
+	$(leave_other_runtime)
 	$(install) '.[$(RUNTIME),training,dev]'
 	@touch $@ .venv/runtime-$(RUNTIME)
 
 serve: .venv/runtime-$(RUNTIME)  ## start the service [HOST=127.0.0.1] [PORT=8000] [MODELS=models]
 	.venv/bin/python -m service serve --host $(HOST) --port $(PORT) --models $(MODELS)
+
+install: .venv/development-$(RUNTIME)  ## install training and test tools as well (torch: about 6 GB)
 
 test: lint  ## install everything, check format, lint and types, run all tests
 	.venv/bin/python -m pytest
@@ -43,6 +52,26 @@ lint: .venv/development-$(RUNTIME)  ## check format, lint and types
 format: .venv/development-$(RUNTIME)  ## format the code
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+TRAINING = .venv/bin/python -m training
+TEACHER = models/teachers/resnet18_tiny-imagenet.safetensors
+TEACHER_FLAGS = --backbone resnet18 --teacher-weights $(TEACHER) \
+  --teacher-licence 'ImageNet terms: non-commercial research'
+
+demo: .venv/development-$(RUNTIME)  ## draw data, train, export, evaluate, serve, calibrate, inspect
+	rm -rf runs/demo
+	$(TRAINING) synthetic --out runs/demo/data --train 160 --test-normal 30 --test-per-defect 4 --size 256
+	$(TRAINING) train --data runs/demo/data --name plate --models runs/demo/models $(TEACHER_FLAGS) \
+	  --embedding-planes 256 --image-size 128 --epochs 30 --precision bfloat16
+	$(TRAINING) export --name plate --models runs/demo/models
+	$(TRAINING) rehearse --bundle runs/demo/models/plate/1 --data runs/demo/data \
+	  --pictures runs/demo/pictures --json runs/demo/result.json
+
+demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew, as its next version
+	$(TRAINING) synthetic --out runs/demo-model --train 680 --test-normal 60 --test-per-defect 10 --seed 7
+	$(TRAINING) train --data runs/demo-model --name demo --overwrite $(TEACHER_FLAGS) \
+	  --embedding-planes 256 --epochs 20 --precision bfloat16
+	$(TRAINING) export --name demo --weights float16
 
 constraints: .venv/bin/uv  ## pin the newest versions that pyproject.toml allows
 	.venv/bin/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url \

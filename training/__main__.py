@@ -8,10 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from service.errors import ServiceError
-from training import checkpoint as checkpoints
-from training.checkpoint import Settings
 from training.errors import TrainingError
-from training.model import ARCHITECTURES, BACKBONES
+from training.settings import ARCHITECTURES, BACKBONES, Settings
 
 INTERRUPTED = 130
 
@@ -59,12 +57,13 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--consistency-rate", type=float, metavar="RATE", help="default: the architecture's")
     add("--backbone", choices=BACKBONES, help=f"default: {default['backbone']}")
     add("--teacher-weights", metavar="hub|FILE", help="ImageNet weights by timm, or a file")
+    add("--teacher-licence", metavar="TEXT", help="recorded where the weights state none")
     add("--embedding-planes", type=positive, metavar="N", help="default: 512, as published")
     add("--image-size", type=positive, nargs="+", metavar=("H", "W"), help="default: 256 256")
     add("--epochs", type=positive, help=f"default: {default['epochs']}")
     add("--batch-size", type=positive, help=f"default: {default['batch_size']}")
-    add("--lr", type=float, help=f"default: {default['lr']}")
-    add("--seed", type=int, help=f"default: {default['seed']}")
+    add("--lr", type=positive_number, help=f"default: {default['lr']}")
+    add("--seed", type=natural, help=f"default: {default['seed']}")
     add("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
     add(
         "--precision",
@@ -110,6 +109,8 @@ def _settings(given: dict[str, object], resume: bool) -> Settings:
             skips=str(given.get("skips", skips)),
             consistency_rate=float(given.get("consistency_rate", rate)),  # type: ignore[arg-type]
         )
+    from training import checkpoint as checkpoints
+
     saved = checkpoints.read(asked.folder).settings
     # What may differ: where files lie, what computes, and how long to go on.
     free = {"data", "models", "device", "epochs", "save_every", "strict"}
@@ -135,6 +136,20 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
     return value
 
 
@@ -171,7 +186,7 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     calibration, graph = bundle.default_calibration(), bundle.manifest.graph
     print(
-        f"wrote {bundle.folder}: {len(bundle.graph) / 1e6:.1f} MB, opset {graph.opset}, "
+        f"wrote {bundle.folder}: {len(bundle.read_graph()) / 1e6:.1f} MB, opset {graph.opset}, "
         f"difference from torch {graph.parity:.1e}\n"
         f"default threshold {calibration.threshold:.4f} at a false-positive rate of "
         f"{calibration.target_fpr:.3g}, from {calibration.samples} held-out normal images"
@@ -254,7 +269,7 @@ def _add_synthetic(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     add("--test-normal", type=positive, default=40, help="default: 40")
     add("--test-per-defect", type=positive, default=8, help="default: 8")
     add("--size", type=positive, default=512, help="side of each picture (default: 512)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     parser.set_defaults(command=_synthetic)
 
 

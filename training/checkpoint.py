@@ -17,36 +17,9 @@ from torch import Tensor
 
 from training.errors import TrainingError
 from training.model import ReverseDistillation, TeacherWeights
+from training.settings import Settings
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One training run; the defaults are SK-RD4AD's published ones."""
-
-    data: str
-    name: str
-    models: str = "models"
-    architecture: str = "sk-rd4ad"
-    skips: str = "sk"
-    consistency_rate: float = 0.005
-    backbone: str = "wide_resnet50_2"
-    teacher_weights: str = "hub"
-    embedding_planes: int = 512
-    image_size: tuple[int, int] = (256, 256)  # height, width
-    epochs: int = 200
-    batch_size: int = 16
-    lr: float = 0.005
-    seed: int = 111
-    device: str = "auto"
-    precision: str = "auto"
-    save_every: int = 10  # epochs
-    strict: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.models) / self.name / "checkpoint"
 
 
 @dataclass
@@ -76,6 +49,8 @@ class Checkpoint:
 
 def save_teacher(folder: Path, model: ReverseDistillation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # A kill from here to the first `save` must not leave an older run with this teacher.
+    (folder / "checkpoint.json").unlink(missing_ok=True)
     _write_tensors(folder / "teacher.safetensors", model.teacher.state_dict())
 
 
@@ -84,7 +59,6 @@ def save(
 ) -> None:
     """Write the run's state; a kill at any moment leaves the previous state or this one."""
     folder = checkpoint.settings.folder
-    previous = checkpoint.state_file
     checkpoint.state_file = f"state-{checkpoint.step:08d}.safetensors"
     moments = {
         f"optimizer.{index}.{name}": value
@@ -95,8 +69,9 @@ def save(
     _write_tensors(folder / checkpoint.state_file, weights | moments)
     record = {"format": FORMAT} | asdict(checkpoint)
     _replace(folder / "checkpoint.json", json.dumps(record, indent=2).encode())
-    if previous and previous != checkpoint.state_file:
-        (folder / previous).unlink(missing_ok=True)
+    for state in folder.glob("state-*"):  # the previous one, and what a kill or a run before left
+        if state.name != checkpoint.state_file:
+            state.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from service import image
 from service.errors import ServiceError
 from training.errors import TrainingError
+from training.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ def find_images(folder: Path) -> list[Path]:
 def normal_images(data: Path) -> list[Path]:
     """The normal images to train on: `train/good` of the MVTec layout, else all below `data`.
 
-    Raises TrainingError where there are none, or where `train/` holds defects as well.
+    Other folders of `train/` are left alone: VAD has defects there. Raises TrainingError where
+    there are no normal images.
     """
     if not data.is_dir():
         raise TrainingError(f"data folder {data}: no such folder")
@@ -93,14 +94,24 @@ def read_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     Every non-zero pixel of the file is defect; a pixel at `size` is defect where at least half of
     its area is. Raises TrainingError for an unreadable file.
     """
-    pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_GRAYSCALE)
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    # Converted to 8-bit gray, small values of 16-bit and coloured masks would become 0.
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR
+    pixels = cv2.imdecode(content, flags) if content.size else None
     if pixels is None:
         raise TrainingError(f"mask {path}: can't be decoded")
-    stored = np.asarray(pixels > 0)
-    shrinks = stored.shape[0] >= size[0] and stored.shape[1] >= size[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    share = cv2.resize(stored.astype(np.float32), (size[1], size[0]), interpolation=method)
-    return stored, np.asarray(share >= 0.5)
+    stored = np.asarray((pixels > 0).any(axis=2))
+    rows, columns = (_area_matrix(n, m) for n, m in zip(stored.shape, size, strict=True))
+    share = rows @ stored @ columns.T
+    return stored, np.asarray(share >= 0.5 - 1e-9)
+
+
+def _area_matrix(inputs: int, outputs: int) -> np.ndarray:
+    """(outputs, inputs): the share of each output cell's length that each input cell covers."""
+    edges = np.arange(outputs + 1) * inputs / outputs
+    cells = np.arange(inputs)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return np.asarray(overlap.clip(0) * outputs / inputs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -
 
     with ThreadPoolExecutor() as pool:
         results = list(
-            tqdm(pool.map(load_one, paths), total=len(paths), desc=f"reading {what}", unit="image")
+            progress(pool.map(load_one, paths), total=len(paths), description=f"reading {what}")
         )
     failed = {p: r for p, r in zip(paths, results, strict=True) if isinstance(r, str)}
     for path, reason in failed.items():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 from service.bundle import Bundle
 from service.calibration import decide
@@ -14,6 +13,7 @@ from service.detector import Detector, Device, Prediction
 from training import data
 from training.data import TestImage
 from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
+from training.progress import progress
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def evaluate(folder: Path, root: Path, *, device: Device = "auto", strict: bool 
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
     by_path = {t.path: t for t in tests}
     tests = [by_path[path] for path in loaded.paths]
-    detector = Detector(bundle.graph, size, device)
+    detector = Detector(bundle.read_graph(), size, device)
     predictions = _predict(detector, loaded.pixels)
     masks, mask_report = _read_masks(tests, root, size)
 
@@ -183,7 +183,7 @@ def _pixel_line(pixel: PixelMetrics | None) -> str:
 
 def _predict(detector: Detector, pixels: np.ndarray) -> list[Prediction]:
     predictions: list[Prediction] = []
-    with tqdm(total=len(pixels), desc="scoring", unit="image") as bar:
+    with progress(total=len(pixels), description="scoring") as bar:
         for start in range(0, len(pixels), 8):
             batch = detector.run(pixels[start : start + 8])
             predictions += batch

@@ -22,36 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.settings import BACKBONES, Backbone, Skips
 
-Skips = Literal["none", "sk", "gated"]
+NOT_STATED = "not stated"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What the bottleneck and decoder mirror of a ResNet."""
-
-    bottleneck: bool  # Bottleneck blocks (expansion 4) or BasicBlocks (expansion 1)
-    width_factor: int  # inner width of a Bottleneck over its planes
-    embedding_blocks: int
-    decoder_blocks: tuple[int, int, int]  # deepest stage first, as in the reference code
-
-    @property
-    def expansion(self) -> int:
-        return 4 if self.bottleneck else 1
-
-
-BACKBONES = {
-    "resnet18": Backbone(False, 1, 2, (2, 2, 2)),
-    "resnet34": Backbone(False, 1, 3, (3, 4, 6)),
-    "resnet50": Backbone(True, 1, 3, (3, 4, 6)),
-    "wide_resnet50_2": Backbone(True, 2, 3, (3, 4, 6)),
-}
-
-# Skips and consistency rate of each architecture.
-ARCHITECTURES: dict[str, tuple[Skips, float]] = {"sk-rd4ad": ("sk", 0.005), "rd4ad": ("none", 0.0)}
 
 
 class Teacher(nn.Module):
@@ -244,23 +220,24 @@ class TeacherWeights:
     licence: str
 
 
-def load_teacher(teacher: Teacher, backbone: str, source: str) -> TeacherWeights:
+def load_teacher(teacher: Teacher, backbone: str, source: str, licence: str = "") -> TeacherWeights:
     """Fill a teacher from timm's hub (`hub`: the torchvision ImageNet weights) or from a file.
 
     A file is .safetensors, or .pth read with weights_only, with torchvision's or timm's ResNet
-    keys; layer4 and fc are ignored. Raises TrainingError that names missing or misshaped keys.
+    keys; layer4 and fc are ignored. `licence` is recorded where the source states none. Raises
+    TrainingError that names missing or misshaped keys.
     """
     if source == "hub":
-        return _load_from_hub(teacher, backbone)
+        return _load_from_hub(teacher, backbone, licence)
     path = Path(source)
     state, metadata = _read_weights(path)
     _load_strictly(teacher, state, path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    licence = metadata.get("license", metadata.get("licence", "not stated in the file"))
-    return TeacherWeights(path.name, sha256, licence)
+    stated = metadata.get("license", metadata.get("licence", ""))
+    return TeacherWeights(path.name, sha256, stated or licence or NOT_STATED)
 
 
-def _load_from_hub(teacher: Teacher, backbone: str) -> TeacherWeights:
+def _load_from_hub(teacher: Teacher, backbone: str, licence: str) -> TeacherWeights:
     name = f"{backbone}.tv_in1k"
     try:
         pretrained: Any = timm.create_model(name, pretrained=True)
@@ -274,8 +251,8 @@ def _load_from_hub(teacher: Teacher, backbone: str) -> TeacherWeights:
     sha256 = hashlib.sha256()
     for key in sorted(state):
         sha256.update(key.encode() + state[key].cpu().contiguous().numpy().tobytes())
-    licence = str(pretrained.pretrained_cfg.get("license", "not stated by the hub"))
-    return TeacherWeights(f"timm/{name}", sha256.hexdigest(), licence)
+    stated = str(pretrained.pretrained_cfg.get("license") or "")
+    return TeacherWeights(f"timm/{name}", sha256.hexdigest(), stated or licence or NOT_STATED)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -290,7 +267,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise TrainingError(f"teacher weights {path}: can't be read: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise TrainingError(f"teacher weights {path}: not a state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}, {}
 

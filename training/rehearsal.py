@@ -18,15 +18,16 @@ from typing import Any
 
 import httpx2
 import numpy as np
-from tqdm import tqdm
 
-from service.bundle import Bundle
+from service import image
+from service.bundle import Bundle, HeldOutImage
 from service.calibration import default_target_fpr
 from service.detector import Device
 from training import data
 from training.data import TestImage
 from training.errors import TrainingError
 from training.evaluate import Report, ScoreReport, evaluate, score_report
+from training.progress import progress
 
 CLIENTS = 8
 PICTURES_PER_KIND = 2
@@ -72,7 +73,7 @@ def rehearse(
     """
     evaluation = evaluate(folder, root, device=device)
     bundle = Bundle(folder)
-    held_out = [(root / image.file) for image in bundle.manifest.data.held_out]
+    held_out = [_held_out(root, one) for one in bundle.manifest.data.held_out]
     target = target_fpr or default_target_fpr(len(held_out))
     tests = [
         t for t in data.test_images(root) if str(t.path.relative_to(root)) in evaluation.scores
@@ -93,6 +94,16 @@ def rehearse(
             f"{evaluation.image.auroc:.5f}: they must agree to {AUROC_LIMIT:g}"
         )
     return Rehearsal(evaluation, http, calibration, difference, len(tests) / seconds)
+
+
+def _held_out(root: Path, held_out: HeldOutImage) -> Path:
+    path = root / held_out.file
+    if not path.is_file() or image.digest(path.read_bytes()) != held_out.sha256:
+        raise TrainingError(
+            f"{path}: the held-out image of training is not there, or has changed; --data must be "
+            "the folder that the bundle was trained on"
+        )
+    return path
 
 
 def table(rehearsal: Rehearsal) -> str:
@@ -173,7 +184,7 @@ def _inspect_all(client: httpx2.Client, tests: list[TestImage]) -> list[dict[str
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         answers = pool.map(inspect, tests)
-        return list(tqdm(answers, total=len(tests), desc="inspecting over HTTP", unit="image"))
+        return list(progress(answers, total=len(tests), description="inspecting over HTTP"))
 
 
 def _save_pictures(client: httpx2.Client, tests: list[TestImage], folder: Path) -> None:

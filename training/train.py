@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from service import image
+from service.bundle import NAME_PATTERN
 from training import checkpoint as checkpoints
 from training import data
-from training.checkpoint import Checkpoint, Settings
+from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.losses import consistency_loss, distillation_loss
-from training.model import ReverseDistillation, Skips, load_teacher
+from training.model import ReverseDistillation, load_teacher
+from training.progress import Progress, progress
+from training.settings import Settings, Skips
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,9 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
     else:
-        run.teacher = load_teacher(model.teacher, settings.backbone, settings.teacher_weights)
+        run.teacher = load_teacher(
+            model.teacher, settings.backbone, settings.teacher_weights, settings.teacher_licence
+        )
         checkpoints.save_teacher(settings.folder, model)
     model.to(device).to(memory_format=torch.channels_last).train()
     trainable = [*model.bottleneck.parameters(), *model.decoder.parameters()]
@@ -136,22 +142,25 @@ def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]
             f"{settings.folder} holds a run already: --resume goes on with it, "
             "--overwrite starts anew"
         )
+    if not re.fullmatch(NAME_PATTERN, settings.name):
+        raise TrainingError(f"--name {settings.name}: must match {NAME_PATTERN}, as export needs")
     root = Path(settings.data)
     paths = data.normal_images(root)
     loaded = data.load(paths, settings.image_size, strict=settings.strict, what="normal images")
     names = [str(path.relative_to(root)) for path in loaded.paths]
-    unique = {digest: index for index, digest in reversed(list(enumerate(loaded.digests)))}
-    if len(unique) < len(names):
-        # A copy of a trained image among the held-out ones would break the promised rate.
-        log.warning("left out %d copies of other files", len(names) - len(unique))
-    kept = sorted(unique.values())
+    # A copy of a trained image among the held-out ones would break the promised rate; copies are
+    # told by their pixels, since saving a picture anew changes the file and nothing else.
+    pixels = [image.digest(one.tobytes()) for one in loaded.pixels]
+    kept = sorted({digest: index for index, digest in reversed(list(enumerate(pixels)))}.values())
+    if len(kept) < len(names):
+        log.warning("left out %d copies of other pictures", len(names) - len(kept))
     trained, held_out = data.hold_out(len(kept), settings.seed)
     run = Checkpoint(
         settings=settings,
         teacher=None,  # type: ignore[arg-type]  # known once the model has been built
         trained={names[kept[i]]: loaded.digests[kept[i]] for i in trained},
         held_out={names[kept[i]]: loaded.digests[kept[i]] for i in held_out},
-        data_fingerprint=data.fingerprint(unique),
+        data_fingerprint=data.fingerprint(loaded.digests[index] for index in kept),
         steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
     )
     log.info("training on %d normal images, %d held out", len(trained), len(held_out))
@@ -187,12 +196,12 @@ def _record(run: Checkpoint, loss: float) -> None:
         run.loss_sum = 0.0
 
 
-def _progress(run: Checkpoint) -> "tqdm[None]":
+def _progress(run: Checkpoint) -> Progress:
     batches = batch_slices(len(run.trained), run.settings.batch_size)
     per_epoch = sum(batch.stop - batch.start for batch in batches)
     done = run.step * per_epoch // run.steps_per_epoch
-    return tqdm(
-        total=run.settings.epochs * per_epoch, initial=done, unit="image", desc=run.settings.name
+    return progress(
+        total=run.settings.epochs * per_epoch, initial=done, description=run.settings.name
     )
 
 

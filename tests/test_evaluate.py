@@ -1,0 +1,167 @@
+"""Evaluation of a bundle whose answers are known: its map is the picture's brightness."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SIZE, picture
+from scipy.stats import beta
+from training_fixtures import write_picture
+
+from training.__main__ import main
+from training.errors import TrainingError
+from training.evaluate import Rate, evaluate, table
+
+THRESHOLD = 0.3  # just above: the highest of 99 held-out scores at a target of 1 %
+
+
+def spot(brightness: float, rows=(20, 30), columns=(30, 50)) -> np.ndarray:
+    pixels = picture(0.1)
+    pixels[slice(*rows), slice(*columns)] = round(255 * brightness)
+    return pixels
+
+
+def mask(rows=(20, 30), columns=(30, 50), size: tuple[int, int] = SIZE) -> np.ndarray:
+    drawn = np.zeros(size, np.uint8)
+    drawn[slice(*rows), slice(*columns)] = 255
+    return drawn
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Four normal pictures, one of them too bright; three spots, one too faint; two specks."""
+    root = tmp_path / "data"
+    for i, brightness in enumerate((0.1, 0.15, 0.2, 0.5)):
+        write_picture(root / f"test/good/{i}.png", picture(brightness))
+    for i, brightness in enumerate((0.9, 0.8, 0.25)):
+        write_picture(root / f"test/spot/{i}.png", spot(brightness))
+        write_picture(root / f"ground_truth/spot/{i}_mask.png", mask())
+    for i in range(2):
+        write_picture(root / f"test/speck/{i}.png", spot(0.7, (5, 7), (5, 7)))
+        write_picture(root / f"ground_truth/speck/{i}.png", mask((5, 7), (5, 7)))
+    return root
+
+
+def test_decisions_and_metrics_are_exact(labelled, write_bundle):
+    bundle = write_bundle()
+    report = evaluate(bundle.folder, labelled, device="cpu")
+    assert (report.bundle, report.digest, report.images) == ("part/1", bundle.digest, 9)
+    assert report.target_fpr == 0.01 and report.threshold == pytest.approx(THRESHOLD, rel=1e-4)
+    assert report.false_positives == Rate(1, 4)
+    assert {k: v.detected for k, v in report.kinds.items()} == {
+        "spot": Rate(2, 3),
+        "speck": Rate(2, 2),
+    }
+    # Of 5 x 4 pairs, the faint spot loses against the too bright normal picture.
+    assert report.image.auroc == pytest.approx(19 / 20)
+    assert report.kinds["spot"].auroc == pytest.approx(11 / 12)
+    assert report.kinds["speck"].auroc == 1
+    assert report.image.f1_max == pytest.approx(10 / 11)
+    assert report.image.f1_max_threshold == pytest.approx(64 / 255)
+    assert report.scores["test/spot/0.png"] == pytest.approx(round(255 * 0.9) / 255)
+    assert len(report.scores) == 9 and report.failed == {}
+
+
+def test_pixel_metrics_pool_all_images(labelled, write_bundle):
+    """Only the bright normal picture, 1 of 9, is above any defect: above the faint spot."""
+    report = evaluate(write_bundle().folder, labelled, device="cpu")
+    assert report.pixel.regions == 5 and report.masks.used == 5
+    defects, speck = 3 * 200 + 2 * 4, 4
+    normal = 9 * 64 * 96 - defects
+    hot = 64 * 96 / normal
+    assert report.pixel.auroc == pytest.approx(1 - hot * 200 / defects, abs=1e-9)
+    # Overlap 4/5 until the false-positive rate of the bright picture, then 1.
+    assert report.pixel.aupro == pytest.approx((hot * 0.8 + (0.3 - hot)) / 0.3, abs=1e-9)
+    assert speck == 4
+
+
+def test_masks_that_are_missing_empty_or_vanished_are_counted_and_left_out(labelled, write_bundle):
+    (labelled / "ground_truth/spot/2_mask.png").unlink()  # the faint one
+    write_picture(labelled / "ground_truth/spot/1_mask.png", mask((0, 0)))
+    large = (10 * SIZE[0], 10 * SIZE[1])
+    write_picture(labelled / "ground_truth/speck/0.png", mask((50, 52), (50, 52), large))
+    report = evaluate(write_bundle().folder, labelled, device="cpu")
+    assert report.masks.used == 2
+    assert report.masks.missing == ["test/spot/2.png"]
+    assert report.masks.empty == ["test/spot/1.png"]
+    assert report.masks.vanished == ["test/speck/0.png"]
+    assert report.pixel.regions == 2 and report.pixel.aupro == pytest.approx(1)
+    assert report.images == 9 and report.kinds["spot"].detected == Rate(2, 3)
+    assert "2 used, 1 missing, 1 empty, 1 vanished" in table(report)
+
+
+def test_without_masks_there_are_no_pixel_metrics(labelled, write_bundle):
+    for path in (labelled / "ground_truth").rglob("*.png"):
+        path.unlink()
+    report = evaluate(write_bundle().folder, labelled, device="cpu")
+    assert report.pixel is None and len(report.masks.missing) == 5
+    assert "no pixel metrics" in table(report)
+    assert json.loads(json.dumps(report.as_dict()))["pixel"] is None
+
+
+def test_pictures_and_masks_of_any_size_are_compared_at_the_maps_size(tmp_path, write_bundle):
+    large = np.repeat(np.repeat(spot(0.9), 3, axis=0), 3, axis=1)
+    write_picture(tmp_path / "data/test/spot/0.png", large)
+    write_picture(tmp_path / "data/test/good/0.png", picture(0.1, (40, 50)))
+    big_mask = np.repeat(np.repeat(mask(), 3, axis=0), 3, axis=1)
+    write_picture(tmp_path / "data/ground_truth/spot/0.png", big_mask)
+    report = evaluate(write_bundle().folder, tmp_path / "data", device="cpu")
+    assert report.pixel.aupro > 0.99 and report.kinds["spot"].detected == Rate(1, 1)
+
+
+def test_an_unreadable_picture_is_reported_or_an_error_under_strict(labelled, write_bundle):
+    (labelled / "test/spot/0.png").write_bytes(b"no picture")
+    folder = write_bundle().folder
+    report = evaluate(folder, labelled, device="cpu")
+    assert list(report.failed) == ["test/spot/0.png"] and report.images == 8
+    assert report.kinds["spot"].detected == Rate(1, 2)
+    assert "test/spot/0.png: the 10 bytes are not an image" in table(report)
+    with pytest.raises(TrainingError, match="test/spot/0.png"):
+        evaluate(folder, labelled, device="cpu", strict=True)
+
+
+@pytest.mark.parametrize("count, total", [(0, 10), (1, 4), (5, 10), (10, 10), (3, 762)])
+def test_a_rates_interval_is_clopper_and_pearsons(count, total):
+    low = beta.ppf(0.025, count, total - count + 1) if count else 0
+    high = beta.ppf(0.975, count + 1, total - count) if count < total else 1
+    assert Rate(count, total).interval() == pytest.approx((low, high), abs=1e-9)
+    assert Rate(count, total).rate == count / total
+
+
+def test_a_rates_interval_has_the_known_values():
+    assert Rate(0, 10).interval() == pytest.approx((0, 0.3085), abs=1e-4)
+    assert Rate(1, 4).interval() == pytest.approx((0.0063, 0.8059), abs=1e-4)
+    assert str(Rate(1, 4)) == "1/4 = 0.250 [0.006, 0.806]"
+
+
+def test_the_command_line_prints_the_table_and_writes_all_of_the_report(
+    labelled, write_bundle, tmp_path, capsys
+):
+    folder, file = write_bundle().folder, tmp_path / "reports/report.json"
+    argv = ["evaluate", "--bundle", str(folder), "--data", str(labelled), "--device", "cpu"]
+    assert main([*argv, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "false positives 1/4 = 0.250" in printed and "image AUROC 0.9500" in printed
+    assert "spot   detected 2/3" in printed and "speck  detected 2/2" in printed
+    record = json.loads(file.read_text())
+    expected = evaluate(folder, labelled, device="cpu").as_dict()
+    assert record == json.loads(json.dumps(expected))
+    assert record["false_positives"]["interval_95"] == pytest.approx([0.0063, 0.8059], abs=1e-4)
+    assert record["kinds"]["spot"]["detected"]["rate"] == pytest.approx(2 / 3)
+    assert record["masks"]["used"] == 5 and record["scores"]["test/good/3.png"] > 0.3
+
+
+def test_a_folder_without_test_images_is_refused(write_bundle, tmp_path, capsys):
+    folder = write_bundle().folder
+    write_picture(tmp_path / "plain/a.png", picture())
+    argv = ["evaluate", "--bundle", str(folder), "--data", str(tmp_path / "plain")]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "plain/test: no such folder" in error and "Traceback" not in error
+
+
+def test_a_bundle_whose_graph_was_changed_is_refused(labelled, write_bundle, capsys):
+    folder = write_bundle().folder
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes() + b" ")
+    assert main(["evaluate", "--bundle", str(folder), "--data", str(labelled)]) == 1
+    assert "SHA-256" in capsys.readouterr().err

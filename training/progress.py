@@ -1,0 +1,29 @@
+"""Progress bars: lively in a terminal, a line now and then in a log."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+Progress: TypeAlias = "tqdm[Any]"  # an iterable with `update` and `set_postfix`
+
+LOG_INTERVAL_S = 15
+LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+
+
+def progress(
+    over: Iterable[Any] | None = None, *, total: int, description: str, initial: int = 0
+) -> Progress:
+    """A bar over images on stderr, with images/s and the time left."""
+    terminal = sys.stderr.isatty()
+    bar: Progress = tqdm(
+        over,
+        total=total,
+        initial=initial,
+        desc=description,
+        unit="image",
+        mininterval=0.1 if terminal else LOG_INTERVAL_S,
+        bar_format=None if terminal else LOG_FORMAT,
+    )
+    return bar
