@@ -36,7 +36,7 @@ leave_other_runtime = @$(call uv_pip,uninstall) $(OTHER_RUNTIME) 2>/dev/null || 
 	$(install) '.[$(RUNTIME),training,dev]'
 	@touch $@ .venv/runtime-$(RUNTIME)
 
-serve: .venv/runtime-$(RUNTIME)  ## start the service [HOST=127.0.0.1] [PORT=8000] [MODELS=models]
+serve: .venv/runtime-$(RUNTIME)  ## start the service [HOST=127.0.0.1] [PORT=8000] [MODELS=models] [RUNTIME=cpu|gpu]
 	.venv/bin/python -m service serve --host $(HOST) --port $(PORT) --models $(MODELS)
 
 install: .venv/development-$(RUNTIME)  ## install training and test tools as well (torch: about 6 GB)
@@ -60,12 +60,17 @@ TEACHER_FLAGS = --backbone resnet18 --teacher-weights $(TEACHER) \
 
 demo: .venv/development-$(RUNTIME)  ## draw data, train, export, evaluate, serve, calibrate, inspect
 	rm -rf runs/demo
+	@echo "== 1 of 4: draw good and bad parts"
 	$(TRAINING) synthetic --out runs/demo/data --train 160 --test-normal 30 --test-per-defect 4 --size 256
+	@echo "== 2 of 4: train on the good ones alone (a few minutes)"
 	$(TRAINING) train --data runs/demo/data --name plate --models runs/demo/models $(TEACHER_FLAGS) \
 	  --embedding-planes 256 --image-size 128 --epochs 30 --precision bfloat16
+	@echo "== 3 of 4: export one checked graph"
 	$(TRAINING) export --name plate --models runs/demo/models
+	@echo "== 4 of 4: evaluate it, start the service, calibrate and inspect over HTTP"
 	$(TRAINING) rehearse --bundle runs/demo/models/plate/1 --data runs/demo/data \
 	  --pictures runs/demo/pictures --json runs/demo/result.json
+	@echo "== done; serve it with: make serve MODELS=runs/demo/models"
 
 demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew, as its next version
 	$(TRAINING) synthetic --out runs/demo-model --train 680 --test-normal 60 --test-per-defect 10 --seed 7

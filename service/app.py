@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -38,6 +38,7 @@ from service.middleware import RequestRecord
 from service.registry import Registry
 from service.schemas import (
     CalibrationOut,
+    CalibrationReference,
     Inspection,
     ModelOut,
     NewCalibration,
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PROBLEM_JSON = "application/problem+json"
+MAX_FIELDS = 16  # of a form; enough to tell what is wrong with it
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
 
 ModelName = Annotated[
@@ -115,6 +117,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Pass or fail, and where, with a promised false-positive rate.",
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
+        dependencies=[Depends(_known_parameters)],
     )
     app.add_middleware(RequestRecord, metrics=metrics)
     app.add_exception_handler(Exception, _answer_problem)
@@ -219,6 +222,16 @@ def create_app(settings: Settings) -> FastAPI:
         async with _deadline(settings.request_timeout_s):
             return await inspector.activate(id)
 
+    @app.post(
+        "/v1/calibrations/deactivate",
+        tags=["calibration"],
+        responses=_problems(404, 422, 500, 503, 504),
+    )
+    async def deactivate(model: ModelName = None, version: Version = None) -> CalibrationReference:
+        """Go back to the threshold that the model's own bundle brought."""
+        async with _deadline(settings.request_timeout_s):
+            return await inspector.deactivate(await registry.get(model, version))
+
     @app.get("/v1/models", tags=["models"])
     def models() -> list[ModelOut]:
         """The loaded models, with digest, threshold and calibration in force."""
@@ -243,7 +256,7 @@ def create_app(settings: Settings) -> FastAPI:
         if not loaded:
             raise NotReady(f"no model: there is no bundle in {settings.models}")
         providers = sorted({model.detector.provider for model in loaded})
-        return State(status="ready", detail=f"{len(loaded)} models on {', '.join(providers)}")
+        return State(status="ready", detail=f"{len(loaded)} loaded, on {', '.join(providers)}")
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def prometheus() -> Response:
@@ -253,6 +266,16 @@ def create_app(settings: Settings) -> FastAPI:
     document = _openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
+
+
+async def _known_parameters(request: Request) -> None:
+    """Refuses a misspelt parameter, which would otherwise leave its default in force unseen."""
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidParameter(
+                f"unknown parameter {name!r}; there are: {', '.join(sorted(known)) or 'none'}"
+            )
 
 
 @asynccontextmanager
@@ -309,10 +332,14 @@ async def _image_body(request: Request) -> bytes:
     """The encoded image of a raw `image/*` body or of the multipart field `image`."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        async with request.form(max_files=1, max_fields=0) as form:
+        async with request.form(max_files=MAX_FIELDS, max_fields=MAX_FIELDS) as form:
+            fields = [name for name, _ in form.multi_items()]
             upload = form.get("image")
-            if not isinstance(upload, UploadFile):
-                raise InvalidImage("the multipart form has no file field `image`")
+            if fields != ["image"] or not isinstance(upload, UploadFile):
+                raise InvalidImage(
+                    "the multipart form must have one file field `image` and nothing else; it "
+                    f"has: {', '.join(fields) or 'nothing'}"
+                )
             return await upload.read()
     if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
         return await request.body()
@@ -333,13 +360,14 @@ async def _calibration_images(
             f"Content-Type {content_type or '(none)'}: send multipart/form-data with one field "
             "`images` for each file"
         )
-    async with request.form(max_files=limit, max_fields=0) as form:
+    async with request.form(max_files=limit, max_fields=MAX_FIELDS) as form:
         uploads = form.getlist("images")
         strangers = sorted(set(form) - {"images"})
         if strangers:
             raise InvalidParameter(f"unknown field {strangers[0]!r}; the files go in `images`")
         for number, upload in enumerate(uploads):
-            assert isinstance(upload, UploadFile)  # max_fields=0 leaves nothing but files
+            if not isinstance(upload, UploadFile):
+                raise InvalidParameter("a field `images` is text; send files (curl: images=@file)")
             yield upload.filename or f"image {number}", await upload.read(max_bytes + 1)
 
 

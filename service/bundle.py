@@ -155,21 +155,23 @@ def write(folder: Path, manifest: Manifest, graph: bytes) -> None:
 
 
 def versions(models: Path, name: str) -> list[int]:
-    """The versions of a model on disk, ascending."""
+    """The versions of a model on disk, ascending: its folders that are named as integers."""
     folder = models / name
     if not folder.is_dir():
         return []
-    found = (path.name for path in folder.iterdir() if (path / MANIFEST_FILE).is_file())
+    found = (path.name for path in folder.iterdir() if path.is_dir())
     return sorted(int(version) for version in found if re.fullmatch(r"[1-9]\d*", version))
 
 
 def names(models: Path) -> list[str]:
     """The models below a folder that have at least one version, by name.
 
-    Raises BundleError where the folder can't be read.
+    Raises BundleError where the folder can't be read, or is a model's and not all models' folder.
     """
     try:
         folders = sorted(path.name for path in models.iterdir() if path.is_dir())
     except OSError as error:
         raise BundleError(f"{models}: {error.strerror}") from error
+    if any((models / folder / MANIFEST_FILE).is_file() for folder in folders):
+        raise BundleError(f"{models}: is the folder of one model; give the one above it")
     return [name for name in folders if versions(models, name)]

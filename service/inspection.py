@@ -193,6 +193,18 @@ class Inspector:
         await asyncio.shield(swap())
         return CalibrationOut.of(replace(stored, active=True))
 
+    async def deactivate(self, model: Model) -> CalibrationReference:
+        """Go back to the threshold of the model's own bundle."""
+
+        async def swap() -> Calibration:
+            async with self._activation:
+                await asyncio.to_thread(self._store.deactivate, model.graph)
+                calibration = model.bundle.default_calibration()
+                self._registry.activate(model.graph, calibration)
+                return calibration
+
+        return CalibrationReference.of(await asyncio.shield(swap()))
+
     def close(self) -> None:
         self._workers.shutdown()
 

@@ -1,5 +1,6 @@
 """What changes after export and must survive a restart: calibrations and which one is active."""
 
+import logging
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,8 @@ from sqlalchemy.engine import make_url
 
 from service.calibration import Calibration
 from service.errors import SettingsError
+
+log = logging.getLogger(__name__)
 
 metadata = sa.MetaData()
 calibrations = sa.Table(
@@ -87,6 +90,12 @@ class Store:
             self._engine = sa.create_engine(parsed)
             if parsed.get_backend_name() == "sqlite":
                 sa.event.listen(self._engine, "connect", _write_ahead)
+            if not sa.inspect(self._engine).has_table(calibrations.name):
+                log.warning(
+                    "new database %s: no calibrations yet, every model starts with its bundle's "
+                    "own threshold",
+                    parsed.render_as_string(hide_password=True),
+                )
             metadata.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
             shown = parsed.render_as_string(hide_password=True)
@@ -134,6 +143,11 @@ class Store:
             _deactivate(connection, calibration.graph)
             chosen = calibrations.c.id == calibration.id
             connection.execute(calibrations.update().where(chosen).values(active=True))
+
+    def deactivate(self, graph: Graph) -> None:
+        """Leave a graph without an active calibration: its bundle's own threshold applies."""
+        with self._engine.begin() as connection:
+            _deactivate(connection, graph)
 
     def active(self, graph: Graph) -> Calibration | None:
         """The active calibration of a graph, with the threshold that was told when it was made."""

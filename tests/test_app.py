@@ -205,7 +205,15 @@ def test_a_truncated_image_is_400(client: TestClient) -> None:
 def test_a_form_without_the_field_is_400_and_names_it(client: TestClient) -> None:
     response = client.post("/v1/inspect", files={"picture": encoded(picture())})
 
-    assert_problem(response, 400, "`image`")
+    assert_problem(response, 400, "`image`", "picture")
+
+
+def test_a_form_with_more_than_the_image_is_400_and_names_what_it_has(client: TestClient) -> None:
+    response = client.post(
+        "/v1/inspect", files={"image": encoded(picture())}, data={"note": "lot 17"}
+    )
+
+    assert_problem(response, 400, "note", "image")
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
@@ -592,6 +600,30 @@ def test_an_earlier_calibration_can_be_activated_again(
         assert inspect(client, encoded(picture())).json()["calibration"]["id"] == first["id"]
     with TestClient(create_app(settings)) as client:
         assert inspect(client, encoded(picture())).json()["calibration"]["id"] == first["id"]
+
+
+def test_deactivating_goes_back_to_the_bundles_threshold_and_stays_there(
+    settings: Settings, write_bundle: Write
+) -> None:
+    write_bundle()
+    with TestClient(create_app(settings)) as client:
+        made = calibrate(client, normal_pictures(25), target_fpr=0.05).json()
+
+        reference = client.post("/v1/calibrations/deactivate").json()
+
+        assert reference["id"] == "bundle"
+        assert inspect(client, encoded(picture())).json()["calibration"]["id"] == "bundle"
+        (listed,) = client.get("/v1/calibrations").json()
+        assert (listed["id"], listed["active"]) == (made["id"], False)
+    with TestClient(create_app(settings)) as client:
+        assert inspect(client, encoded(picture())).json()["calibration"]["id"] == "bundle"
+
+
+def test_a_misspelt_parameter_never_calibrates_with_the_default(client: TestClient) -> None:
+    response = calibrate(client, normal_pictures(25), targetfpr=0.05)
+
+    assert_problem(response, 422, "'targetfpr'", "target_fpr")
+    assert client.get("/v1/calibrations").json() == []
 
 
 def test_an_unknown_calibration_is_404(client: TestClient) -> None:

@@ -96,17 +96,24 @@ def test_a_bundle_is_never_overwritten(write_bundle: Write) -> None:
         write_bundle()
 
 
-def test_versions_are_the_integer_folders_with_a_manifest(
-    write_bundle: Write, tmp_path: Path
-) -> None:
+def test_versions_are_the_folders_named_as_integers(write_bundle: Write, tmp_path: Path) -> None:
     for version in (2, 10, 1):
         write_bundle(version=version)
-    for stranger in ("checkpoint", "3", ".4.partial", "07"):
+    for stranger in ("checkpoint", ".4.partial", "07"):
         (tmp_path / "models" / "part" / stranger).mkdir()
     (tmp_path / "models" / "teachers").mkdir()
 
     assert bundles.versions(tmp_path / "models", "part") == [1, 2, 10]
     assert bundles.names(tmp_path / "models") == ["part"]
+
+
+def test_the_folder_of_one_model_is_not_taken_for_that_of_all(
+    write_bundle: Write, tmp_path: Path
+) -> None:
+    write_bundle()
+
+    with pytest.raises(BundleError, match="is the folder of one model; give the one above"):
+        bundles.names(tmp_path / "models" / "part")
 
 
 def test_a_models_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_the_threshold_that_was_told_is_kept_whatever_would_be_computed_today(
     assert active is not None and active.threshold == 0.75
 
 
+def test_a_new_database_is_told_and_an_old_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Store(url(tmp_path)).close()
+    assert "new database" in caplog.text
+    caplog.clear()
+
+    Store(url(tmp_path)).close()
+
+    assert caplog.text == ""
+
+
 def test_activating_one_replaces_the_one_before(tmp_path: Path) -> None:
     store = Store(url(tmp_path))
     first, second = add(store), add(store)

@@ -171,6 +171,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="how weights are stored; float16 halves the file (default: float32)",
     )
     add("--data", type=Path, help="where the run's data lie now, if they were moved")
+    add("--unfinished", action="store_true", help="export a run that was interrupted as it is")
     parser.set_defaults(command=_export)
 
 
@@ -183,6 +184,7 @@ def _export(arguments: argparse.Namespace) -> int:
         version=arguments.version,
         weights=arguments.weights,
         data_folder=arguments.data,
+        unfinished=arguments.unfinished,
     )
     calibration, graph = bundle.default_calibration(), bundle.manifest.graph
     print(

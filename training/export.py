@@ -4,7 +4,6 @@ image uint8 (N, H, W, 3) ─► normalise ─► teacher ─► bottleneck ─�
     ─► cosine distances ─► upsample, sum, blur ─► anomaly_map (N, H, W), image_score (N,)
 """
 
-import logging
 import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -26,8 +25,6 @@ from training import data
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.model import AnomalyMap, ReverseDistillation
-
-log = logging.getLogger(__name__)
 
 Weights = Literal["float32", "float16"]
 
@@ -58,11 +55,12 @@ def export(
     version: int | None = None,
     weights: Weights = "float32",
     data_folder: Path | None = None,
+    unfinished: bool = False,
 ) -> Bundle:
     """Write `models/name/version` from the run's checkpoint.
 
-    Raises TrainingError where the graph's answers differ from the network's by more than
-    PARITY_LIMIT, and says by how much.
+    Raises TrainingError for a run that has not ended, unless `unfinished`, and where the graph's
+    answers differ from the network's by more than PARITY_LIMIT, and says by how much.
     """
     folder = models / name / "checkpoint"
     run = checkpoints.read(folder)
@@ -70,8 +68,11 @@ def export(
     target = models / name / str(version)
     if target.exists():
         raise TrainingError(f"{target}: exists, and a bundle is never overwritten")
-    if not run.finished:
-        log.warning("the run stopped at epoch %d of %d", run.epoch, run.settings.epochs)
+    if not run.finished and not unfinished:
+        raise TrainingError(
+            f"the run stopped at epoch {run.epoch} of {run.settings.epochs}: go on with `train "
+            "--resume`, or export it as it is with --unfinished"
+        )
 
     scorer = load_scorer(run, folder)
     held_out = _held_out_images(run, data_folder or Path(run.settings.data))

@@ -264,7 +264,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpicklers and parsers raise what they like on foreign bytes
-        raise TrainingError(f"teacher weights {path}: can't be read: {error}") from error
+        # torch's own words advise to switch weights_only off: never, for a file from elsewhere.
+        raise TrainingError(
+            f"teacher weights {path}: neither .safetensors nor a .pth of plain tensors (a pickle "
+            "that would run code is not read)"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(
@@ -284,10 +288,18 @@ def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> No
         if state[key].shape != wanted[key].shape
     )
     if missing or misshaped:
-        problems = [f"missing {', '.join(missing)}"] if missing else []
-        problems += [f"misshaped {', '.join(misshaped)}"] if misshaped else []
-        raise TrainingError(f"teacher weights {path}: {'; '.join(problems)}")
+        problems = [f"missing {_shortened(missing)}"] if missing else []
+        problems += [f"misshaped {_shortened(misshaped)}"] if misshaped else []
+        raise TrainingError(
+            f"teacher weights {path}: {'; '.join(problems)}. Is it another network than --backbone "
+            "says?"
+        )
     teacher.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+
+
+def _shortened(names: list[str], count: int = 6) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 class AnomalyMap(nn.Module):
