@@ -5,6 +5,7 @@ had is an error; only `auto` chooses.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,7 +104,7 @@ def _open(graph: bytes, device: Device, threads: int) -> tuple[str, ort.Inferenc
 
 def _open_on(device: str, graph: bytes, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3
     # The arena keeps the largest batch's memory for ever and is no faster for these graphs.
     options.enable_cpu_mem_arena = False
@@ -132,6 +133,12 @@ def _open_on(device: str, graph: bytes, threads: int) -> ort.InferenceSession:
             f"{session.get_providers()[0]}: no NVIDIA GPU, or a driver older than CUDA 13 needs"
         )
     return session
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which taskset and cpusets narrow: more threads than that
+    spin against each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _openvino_device() -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from service import heatmap, image, regions
 from service.calibration import Calibration, decide, finest_fpr, min_samples
+from service.detector import available_cores
 from service.errors import (
     InvalidImage,
     Overloaded,
@@ -80,7 +81,7 @@ class Inspector:
     ) -> None:
         self._registry, self._store, self._metrics = registry, store, metrics
         self._settings = settings
-        self._workers = ThreadPoolExecutor(_cores(), thread_name_prefix="pixels")
+        self._workers = ThreadPoolExecutor(available_cores(), thread_name_prefix="pixels")
         self._activation = asyncio.Lock()
         self._calibrating = False
 
@@ -253,7 +254,7 @@ class Inspector:
         """
         scored: dict[int, _Scored] = {}
         failed: dict[int, Failure] = {}
-        room = asyncio.Semaphore(max(2 * _cores(), self._settings.max_batch_size))
+        room = asyncio.Semaphore(max(2 * available_cores(), self._settings.max_batch_size))
 
         async def score_one(number: int, name: str, data: bytes) -> None:
             try:
@@ -338,11 +339,6 @@ def _distinct(scored: list[_Scored]) -> tuple[list[Sample], list[str]]:
             samples.append(one.sample)
         seen.add(one.pixels_sha256)
     return samples, duplicates
-
-
-def _cores() -> int:
-    """Cores this process may use, which containers and taskset narrow."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ms(seconds: float) -> float:

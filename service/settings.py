@@ -25,7 +25,7 @@ class Settings(BaseSettings):
         "auto", description="`cuda`, `openvino`, `cpu`, or `auto`: CUDA where it loads, else CPU."
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="Threads of one inference on the CPU; 0 is one per core."
+        0, description="Threads of one inference on the CPU; 0 is one per available core."
     )
     database_url: str = Field(
         "sqlite:///state/skrd4ad.sqlite", description="Where calibrations are kept."
