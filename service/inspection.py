@@ -6,7 +6,6 @@ event loop.
 
 import asyncio
 import base64
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
