@@ -269,7 +269,12 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 async def _known_parameters(request: Request) -> None:
-    """Refuses a misspelt parameter, which would otherwise leave its default in force unseen."""
+    """Refuses a misspelt parameter, which would otherwise leave its default in force unseen.
+
+    Probes and scrapers may add what they like.
+    """
+    if not request.url.path.startswith("/v1/"):
+        return
     known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:

@@ -699,6 +699,11 @@ def test_models_tell_what_serves(client: TestClient) -> None:
     assert model["calibration"]["samples"] == 99
 
 
+def test_probes_may_carry_parameters_of_their_own(client: TestClient) -> None:
+    for path in ("/livez", "/readyz", "/metrics"):
+        assert client.get(path, params={"probe": "1"}).status_code == 200
+
+
 def test_metrics_count_requests_decisions_and_stages(client: TestClient) -> None:
     inspect(client, encoded(spotted(0.8)))
     inspect(client, encoded(picture()))
