@@ -104,7 +104,9 @@ def manifest_of(
     version: int = 1,
     scores: tuple[float, ...] = tuple(np.linspace(0.1, 0.3, 99)),
     size: tuple[int, int] = SIZE,
+    digests: tuple[str, ...] | None = None,
 ) -> Manifest:
+    digests = digests or tuple(f"{i:064x}" for i in range(len(scores)))
     return Manifest(
         name=name,
         version=version,
@@ -125,8 +127,8 @@ def manifest_of(
             fingerprint="1" * 64,
             trained=[f"{i:064x}" for i in range(1000, 1100)],
             held_out=[
-                HeldOutImage(file=f"train/good/{i:03}.png", sha256=f"{i:064x}", score=float(score))
-                for i, score in enumerate(scores)
+                HeldOutImage(file=f"train/good/{i:03}.png", sha256=sha256, score=float(score))
+                for i, (sha256, score) in enumerate(zip(digests, scores, strict=True))
             ],
         ),
         training={"epochs": 1},

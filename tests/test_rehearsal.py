@@ -37,9 +37,18 @@ def labelled(tmp_path):
 
 
 @pytest.fixture
-def bundle(write_bundle):
+def bundle(write_bundle, labelled):
     """Its manifest names the nine pictures, with scores that are not theirs: 0.5."""
-    return write_bundle(scores=(0.5,) * HELD_OUT)
+    files = sorted((labelled / "train" / "good").iterdir())
+    digests = tuple(digest(file.read_bytes()) for file in files)
+    return write_bundle(scores=(0.5,) * HELD_OUT, digests=digests)
+
+
+def test_a_held_out_image_that_has_changed_is_named(bundle, labelled):
+    write_picture(labelled / "train/good/003.png", picture(0.9))
+
+    with pytest.raises(TrainingError, match=r"003.png: the held-out image .* has changed"):
+        rehearse(bundle.folder, labelled, device="cpu")
 
 
 def test_the_service_answers_over_http_as_evaluate_does(bundle, labelled, tmp_path, capsys):
