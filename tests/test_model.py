@@ -354,7 +354,9 @@ def test_a_missing_and_a_misshaped_key_are_named_and_nothing_is_loaded(tmp_path)
 
 def test_another_backbones_weights_are_refused(tmp_path):
     path = write_teacher(tmp_path / "teacher.safetensors", "resnet18")
-    with pytest.raises(TrainingError, match=r"layer1\.2\.conv1\.weight"):
+    with pytest.raises(
+        TrainingError, match=r"missing layer1\.2\.bn1.* more. Is it another network"
+    ):
         load_teacher(Teacher("resnet34"), "resnet34", str(path))
 
 
@@ -376,7 +378,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, writ
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(TrainingError, match=r"weights\.pth: can't be read"):
+    with pytest.raises(TrainingError, match=r"weights\.pth: neither .safetensors nor"):
         load_teacher(Teacher("resnet18"), "resnet18", str(path))
     assert not (tmp_path / "ran").exists()
     if writer == "pickle":
@@ -396,7 +398,7 @@ def test_foreign_bytes_and_absent_files_are_refused_by_name(tmp_path, name):
     with pytest.raises(TrainingError, match=f"{name}: no such file"):
         load_teacher(Teacher("resnet18"), "resnet18", str(tmp_path / name))
     (tmp_path / name).write_bytes(b"no weights at all" * 100)
-    with pytest.raises(TrainingError, match=f"{name}: can't be read"):
+    with pytest.raises(TrainingError, match=f"{name}: neither .safetensors nor"):
         load_teacher(Teacher("resnet18"), "resnet18", str(tmp_path / name))
 
 

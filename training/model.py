@@ -297,7 +297,7 @@ def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> No
     teacher.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
 
 
-def _shortened(names: list[str], count: int = 6) -> str:
+def _shortened(names: list[str], count: int = 12) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
