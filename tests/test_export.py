@@ -245,7 +245,8 @@ def test_the_manifest_lists_the_held_out_images_with_scores_that_the_detector_gi
         assert image.digest(path.read_bytes()) == held_out.sha256
         pixels = image.resize(image.read(path), IMAGE_SIZE)
         assert detector.run(pixels[None])[0].score == pytest.approx(held_out.score, rel=1e-5)
-    assert bundle.manifest.data.trained == 20
+    assert bundle.manifest.data.trained == list(run.trained.values())
+    assert len(bundle.manifest.data.trained) == 20
     assert bundle.manifest.data.fingerprint == run.data_fingerprint
 
 
@@ -314,9 +315,22 @@ def test_a_run_without_a_finished_epoch_exports_a_manifest_without_a_loss(run, t
     model = load_scorer(run, settings.folder).model
     optimizer = torch.optim.Adam(model.bottleneck.parameters())
     checkpoints.save(run, model, optimizer)
-    bundle = export(tmp_path, "part")
+    bundle = export(tmp_path, "part", unfinished=True)
     assert bundle.manifest.metrics == {"epochs": 0}
     assert "NaN" not in (bundle.folder / "manifest.json").read_text()
+
+
+def test_a_run_that_was_interrupted_is_exported_only_when_told_so(run, tmp_path):
+    settings = replace(run.settings, models=str(tmp_path), epochs=run.settings.epochs + 1)
+    run = replace(run, settings=settings)
+    model = ReverseDistillation(settings.backbone, settings.skips, settings.embedding_planes)
+    optimizer = torch.optim.Adam(model.bottleneck.parameters())
+    checkpoints.save_teacher(settings.folder, model)
+    checkpoints.save(run, model, optimizer)
+
+    with pytest.raises(TrainingError, match="stopped at epoch 1 of 2: .*--unfinished"):
+        export(tmp_path, "part")
+    assert not (tmp_path / "part" / "1").exists()
 
 
 def test_the_command_line_exports_and_says_what_the_threshold_promises(run, capsys):
