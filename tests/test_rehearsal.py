@@ -2,6 +2,10 @@
 
 import json
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -42,6 +46,28 @@ def bundle(write_bundle, labelled):
     files = sorted((labelled / "train" / "good").iterdir())
     digests = tuple(digest(file.read_bytes()) for file in files)
     return write_bundle(scores=(0.5,) * HELD_OUT, digests=digests)
+
+
+def test_a_rehearsal_that_is_terminated_takes_its_service_along(bundle, labelled, tmp_path):
+    for number in range(300):  # long enough to be ended in the middle
+        write_picture(labelled / f"test/good/more{number}.png", picture(0.1))
+    command = [sys.executable, "-m", "training", "rehearse", "--bundle", str(bundle.folder)]
+    command += ["--data", str(labelled), "--device", "cpu"]
+    rehearsal = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+
+    def services() -> list[str]:
+        listed = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
+        models = str(bundle.folder.parent.parent)
+        return [line for line in listed.splitlines() if "service serve" in line and models in line]
+
+    deadline = time.monotonic() + 120
+    while not services():
+        assert rehearsal.poll() is None and time.monotonic() < deadline, "no service started"
+        time.sleep(0.02)
+    rehearsal.terminate()
+
+    assert rehearsal.wait(60) == 130
+    assert services() == []
 
 
 def test_a_held_out_image_that_has_changed_is_named(bundle, labelled):

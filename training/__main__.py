@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("onnxscript", "onnx_ir", "torch.onnx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Ends like Ctrl-C, so that a rehearsal doesn't leave its service behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments) or 0)
