@@ -25,7 +25,6 @@ from service.errors import (
     DeadlineExceeded,
     InvalidImage,
     InvalidParameter,
-    NotReady,
     ServiceError,
     TooFewSamples,
     TooLarge,
@@ -252,9 +251,8 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/readyz", tags=["operation"], responses=_problems(503))
     async def readyz() -> State:
         """Models are loaded and warm; 503 where there is none."""
+        registry.check_ready()
         loaded = registry.loaded()
-        if not loaded:
-            raise NotReady(f"no model: there is no bundle in {settings.models}")
         providers = sorted({model.detector.provider for model in loaded})
         return State(status="ready", detail=f"{len(loaded)} loaded, on {', '.join(providers)}")
 

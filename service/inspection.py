@@ -134,7 +134,7 @@ class Inspector:
                 total=_ms(time.perf_counter() - started),
             ),
         )
-        json, _ = await self._timed(lambda: inspection.model_dump_json().encode())
+        json = await self._on_worker(lambda: inspection.model_dump_json().encode())
         self._observe(inspection)
         return Inspected(inspection, picture, json)
 
@@ -161,8 +161,12 @@ class Inspector:
             self._calibrating = False
         samples, duplicates = _distinct(scored)
         calibration = self._calibration(target_fpr, samples, duplicates, failed)
-        # A caller that leaves or times out now must not leave database and memory apart.
-        stored = await asyncio.shield(self._keep(model.graph, calibration, samples, activate))
+
+        def keep() -> tuple[StoredCalibration, Calibration | None]:
+            stored = self._store.add(model.graph, calibration, samples, activate=activate)
+            return stored, calibration if activate else None
+
+        stored = await self._store_then_use(model.graph, keep)
         highest = sorted(samples, key=lambda sample: -sample.score)[:MAX_OUTLIERS]
         return NewCalibration.of(
             stored,
@@ -183,42 +187,43 @@ class Inspector:
         graph = stored.graph
         await self._registry.get(graph.model, graph.version, graph.digest)
 
-        async def swap() -> None:
-            async with self._activation:
-                await asyncio.to_thread(self._store.activate, stored)
-                calibration = await asyncio.to_thread(self._store.active, graph)
-                assert calibration is not None
-                self._registry.activate(graph, calibration)
+        def take_up() -> tuple[None, Calibration | None]:
+            self._store.activate(stored)
+            return None, self._store.active(graph)
 
-        await asyncio.shield(swap())
+        await self._store_then_use(graph, take_up)
         return CalibrationOut.of(replace(stored, active=True))
 
     async def deactivate(self, model: Model) -> CalibrationReference:
         """Go back to the threshold of the model's own bundle."""
 
-        async def swap() -> Calibration:
-            async with self._activation:
-                await asyncio.to_thread(self._store.deactivate, model.graph)
-                calibration = model.bundle.default_calibration()
-                self._registry.activate(model.graph, calibration)
-                return calibration
+        def drop() -> tuple[Calibration, Calibration]:
+            self._store.deactivate(model.graph)
+            calibration = model.bundle.default_calibration()
+            return calibration, calibration
 
-        return CalibrationReference.of(await asyncio.shield(swap()))
+        return CalibrationReference.of(await self._store_then_use(model.graph, drop))
 
     def close(self) -> None:
         self._workers.shutdown()
 
-    async def _keep(
-        self, graph: Graph, calibration: Calibration, samples: list[Sample], activate: bool
-    ) -> StoredCalibration:
-        """Store, then use: one at a time, so that both follow the same order."""
-        async with self._activation:
-            stored = await asyncio.to_thread(
-                self._store.add, graph, calibration, samples, activate=activate
-            )
-            if activate:
-                self._registry.activate(graph, calibration)
-            return stored
+    async def _store_then_use(
+        self, graph: Graph, write: Callable[[], tuple[T, Calibration | None]]
+    ) -> T:
+        """Run `write`, which gives its result and the calibration that is active from now on.
+
+        One at a time, so that database and memory follow the same order; and to the end, even
+        where the caller leaves or times out, so that they never part.
+        """
+
+        async def change() -> T:
+            async with self._activation:
+                result, calibration = await asyncio.to_thread(write)
+                if calibration is not None:
+                    self._registry.activate(graph, calibration)
+                return result
+
+        return await asyncio.shield(change())
 
     def _calibration(
         self,

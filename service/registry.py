@@ -76,6 +76,11 @@ class Registry:
     def loaded(self) -> list[Model]:
         return list(self._models.values())
 
+    def check_ready(self) -> None:
+        """Raises NotReady where there is no model."""
+        if not self._newest:
+            raise NotReady(f"no model: there is no bundle in {self._settings.models}")
+
     def versions(self, name: str) -> list[int]:
         """The versions of a model on disk, ascending."""
         return bundles.versions(self._settings.models, name)
@@ -86,8 +91,7 @@ class Registry:
         Raises NotReady, InvalidParameter or UnknownModel, which list what there is, and
         DigestMismatch where its graph is not the one that the caller insists on.
         """
-        if not self._newest:
-            raise NotReady(f"no model: there is no bundle in {self._settings.models}")
+        self.check_ready()
         if name is None:
             if len(self._newest) > 1:
                 raise InvalidParameter(f"several models are here, name one: {self._names()}")
