@@ -45,6 +45,8 @@ class Network(Record):
     architecture: str
     backbone: str
     skips: str
+    bottleneck: str = "mff"
+    refinement: bool = False
     consistency_rate: float
     embedding_planes: int
 

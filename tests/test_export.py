@@ -27,7 +27,7 @@ from training.export import (
     relative_difference,
     to_onnx,
 )
-from training.model import ReverseDistillation
+from training.model import AnomalyMap, ReverseDistillation
 from training.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -122,12 +122,21 @@ def test_an_images_score_does_not_depend_on_its_batch(bundle):
 
 
 @pytest.mark.parametrize(
-    "skips, backbone",
-    [("none", "resnet18"), ("gated", "resnet18"), ("sk", "resnet50")],
+    "skips, bottleneck, refinement, backbone",
+    [
+        ("none", "mff", False, "resnet18"),
+        ("gated", "mff", False, "resnet18"),
+        ("sk", "mff", False, "resnet50"),
+        ("none", "mfcf", True, "resnet18"),
+        ("sk", "mff-narrow", True, "wide_resnet50_2"),
+        ("sk", "mff", False, "convnext_tiny"),
+        ("sk", "mfcf", True, "efficientnet_b0"),
+    ],
 )
-def test_every_architecture_exports_with_parity(skips, backbone):
+def test_every_architecture_exports_with_parity(skips, bottleneck, refinement, backbone):
     torch.manual_seed(0)
-    scorer = Scorer(ReverseDistillation(backbone, skips, 16), (32, 64)).eval()
+    model = ReverseDistillation(backbone, skips, 16, bottleneck)
+    scorer = Scorer(model, AnomalyMap((32, 64), refinement=refinement)).eval()
     graph = to_onnx(scorer, (32, 64))
     assert check_parity(graph, scorer, pictures(2)[:, :32, :64]) <= PARITY_LIMIT
 
@@ -266,6 +275,8 @@ def test_the_manifest_tells_network_teacher_and_training(bundle, run):
         "architecture": "sk-rd4ad",
         "backbone": "resnet18",
         "skips": "sk",
+        "bottleneck": "mff",
+        "refinement": False,
         "consistency_rate": 0.005,
         "embedding_planes": 32,
     }

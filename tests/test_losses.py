@@ -1,11 +1,21 @@
 """Losses against hand-computed cases and slow versions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from training_fixtures import torch
+from training_fixtures import randomise, torch
 
-from training.losses import consistency_loss, distillation_loss
-from training.train import total_loss
+from training import pseudo
+from training.losses import (
+    Objective,
+    channel_loss,
+    consistency_loss,
+    distillation_loss,
+    segmentation_loss,
+)
+from training.model import from_settings
+from training.settings import ARCHITECTURES, Settings
 
 SIZES = ((6, 8, 12), (10, 4, 6), (14, 2, 3))  # channels, height, width: not square, not of 256
 
@@ -109,14 +119,89 @@ def test_consistency_is_zero_where_every_scale_errs_alike():
     )
 
 
-def test_the_total_is_distillation_plus_rate_times_consistency():
+def slow_cosine_distance(u: np.ndarray, v: np.ndarray) -> float:
+    return 1 - (u * v).sum() / (np.sqrt((u * u).sum()) * np.sqrt((v * v).sum()))
+
+
+def slow_per_location(e: "torch.Tensor", d: "torch.Tensor") -> float:
+    e, d = e.double().numpy(), d.double().numpy()
+    images, _, height, width = e.shape
+    places = [(b, i, j) for b in range(images) for i in range(height) for j in range(width)]
+    return np.mean([slow_cosine_distance(e[b, :, i, j], d[b, :, i, j]) for b, i, j in places])
+
+
+def slow_per_channel(e: "torch.Tensor", d: "torch.Tensor") -> float:
+    e, d = e.double().numpy(), d.double().numpy()
+    channels = [(b, c) for b in range(e.shape[0]) for c in range(e.shape[1])]
+    return np.mean([slow_cosine_distance(e[b, c], d[b, c]) for b, c in channels])
+
+
+def test_every_kind_of_distillation_equals_its_slow_version():
     e, d = features(0), features(1)
-    parts = distillation_loss(e, d).item(), consistency_loss(e, d).item()
-    assert total_loss(e, d, 0.0).item() == pytest.approx(parts[0])
-    assert total_loss(e, d, 0.3).item() == pytest.approx(parts[0] + 0.3 * parts[1])
+    pairs = list(zip(e, d, strict=True))
+    per_location = sum(slow_per_location(*pair) for pair in pairs)
+    per_channel = sum(slow_per_channel(*pair) for pair in pairs)
+    assert distillation_loss(e, d, "per-location").item() == pytest.approx(per_location, rel=1e-5)
+    assert channel_loss(e, d).item() == pytest.approx(per_channel, rel=1e-5)
+    dual = distillation_loss(e, d, "dual").item()
+    assert dual == pytest.approx(per_location + per_channel, rel=1e-5)
 
 
-def test_the_total_is_computed_in_float32():
-    e = [torch.full((2, 512, 8, 8), 60.0, dtype=torch.float16) for _ in range(3)]
-    loss = total_loss(e, [x.clone() for x in e], 0.005)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0, abs=1e-4)
+def test_the_segmentation_loss_equals_the_slow_version():
+    e, d = features(0), features(1)
+    difference = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(2))
+    maps = []
+    for u, v in zip(e, d, strict=True):
+        u, v = u.double().numpy(), v.double().numpy()
+        distance = 1 - (u * v).sum(1) / np.sqrt((u * u).sum(1) * (v * v).sum(1))
+        maps.append(slow_upsample(distance[:, None], 16, 24)[:, 0])
+    expected = abs(np.mean(maps, axis=0) - difference.numpy()).mean()
+    assert segmentation_loss(e, d, difference).item() == pytest.approx(expected, rel=1e-5)
+
+
+def objective(**changes: object) -> Objective:
+    settings = replace(Settings("data", "part", backbone="resnet18", embedding_planes=16))
+    settings = replace(settings, **changes)  # type: ignore[arg-type]
+    model = from_settings(settings)
+    randomise(model, 0)
+    return Objective(model.eval(), settings)
+
+
+def pictures() -> "torch.Tensor":
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_the_objective_is_distillation_plus_rate_times_consistency():
+    loss = objective(consistency_rate=0.3)
+    e, d = loss.model(pictures())
+    expected = distillation_loss(e, d).item() + 0.3 * consistency_loss(e, d).item()
+    assert loss(pictures(), e, np.random.default_rng(0)).item() == pytest.approx(expected)
+
+
+def test_drds_objective_is_its_three_terms_on_the_same_pseudo_anomalies():
+    drd = objective(**ARCHITECTURES["drd"])
+    e, d = drd.model(pictures())
+    teacher, rng = drd.model.teacher, np.random.default_rng(3)
+    normal, pasted = (teacher.normalise(x) for x in (pictures(), pseudo.paste(pictures(), rng)))
+    noised = pseudo.add_noise(teacher(pasted), rng)
+    restored = drd.model.restore(noised)
+    difference = 1 - torch.nn.functional.cosine_similarity(normal, pasted, dim=1)
+    expected = (
+        distillation_loss(e, d, "dual")
+        + channel_loss(e, restored)
+        + 0.1 * segmentation_loss(noised, restored, difference)
+    )
+    loss = drd(pictures(), e, np.random.default_rng(3))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in drd.model.bottleneck.parameters())
+
+
+def test_the_objective_is_computed_in_float32_under_autocast():
+    loss = objective(**ARCHITECTURES["drd"])
+    with torch.autocast("cpu", torch.bfloat16):
+        e = [x.float() for x in loss.model.teacher(loss.model.teacher.normalise(pictures()))]
+        value = loss(pictures(), e, np.random.default_rng(0))
+    assert value.dtype == torch.float32 and torch.isfinite(value)

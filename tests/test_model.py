@@ -174,8 +174,69 @@ def test_the_concatenation_is_shallow_then_middle_then_deep():
 
 
 def test_an_unknown_backbone_is_refused_by_name():
-    with pytest.raises(TrainingError, match="resnet101.*resnet18"):
-        ReverseDistillation("resnet101", "sk")
+    with pytest.raises(TrainingError, match="resnet19.*resnet18.*no network of that name"):
+        ReverseDistillation("resnet19", "sk")
+
+
+def test_a_network_without_the_three_strides_is_refused_with_those_it_has():
+    with pytest.raises(TrainingError, match=r"strides \[16, .*needs 4, 8, 16"):
+        Teacher("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "backbone, channels",
+    [("convnext_tiny", [96, 192, 384]), ("efficientnet_b0", [24, 40, 112])],
+)
+@pytest.mark.parametrize("bottleneck", ["mff", "mfcf"])
+def test_any_cnn_of_timm_can_teach(backbone, channels, bottleneck):
+    model = ReverseDistillation(backbone, "sk", None, bottleneck)
+    teacher_features, decoder_features = model(images())
+    sizes = [(16, 24), (8, 12), (4, 6)]
+    expected = [(2, c, *size) for c, size in zip(channels, sizes, strict=True)]
+    assert [tuple(f.shape) for f in teacher_features] == expected
+    assert [tuple(f.shape) for f in decoder_features] == expected
+    assert model.embedding_planes == 2 * channels[-1]
+    for e, d in zip(teacher_features, decoder_features, strict=True):
+        assert e.min() < 0 and d.min() < 0  # no ReLU stands between the student and signed maps
+
+
+def test_images_are_normalised_by_the_teachers_own_statistics():
+    teacher = Teacher("convnext_large_mlp.clip_laion2b_augreg")
+    assert (teacher.mean / 255).tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    white = teacher.normalise(torch.full((1, 32, 32, 3), 255, dtype=torch.uint8))
+    assert white[0, :, 0, 0].tolist() == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-3)
+
+
+def test_drds_bottleneck_has_its_published_size():
+    with torch.device("meta"):
+        model = ReverseDistillation("wide_resnet50_2", "none", None, "mfcf")
+    parts = [parameters(m) for m in (model.teacher, model.bottleneck, model.decoder)]
+    unused = 8_392_704  # conv4 and bn4 of the public code, which no forward pass sees
+    assert parts[1] == 98_737_152 - unused and sum(parts) == 140_124_480
+
+
+def test_drds_bottleneck_fuses_from_shallow_to_deep():
+    model = ReverseDistillation("resnet18", "none", PLANES, "mfcf").eval()
+    randomise(model, 1)
+    e1, e2, e3 = features(0)
+    seen = {}
+    bottleneck = model.bottleneck
+    bottleneck.embed.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    bottleneck([e1, e2, e3])
+    x = bottleneck.middle(torch.cat([bottleneck.shallow(e1), e2], 1))
+    assert torch.equal(seen["x"], bottleneck.deep(torch.cat([x, e3], 1)))
+    assert seen["x"].shape == e3.shape
+
+
+def test_the_narrow_bottleneck_has_the_size_of_anomalibs():
+    """39.22 M of WideResNet-50's 67.28 M, conv4 and bn4 not counted; two blocks for ResNet-34."""
+    with torch.device("meta"):
+        wide, middling, eighteen = (
+            parameters(ReverseDistillation(b, "none", None, "mff-narrow").bottleneck)
+            for b in ("wide_resnet50_2", "resnet34", "resnet18")
+        )
+    assert wide == pytest.approx(39.22e6 - 8_392_704, abs=5e3)
+    assert middling == eighteen == 11_680_000
 
 
 # Teacher
@@ -323,7 +384,7 @@ def test_safetensors_and_pth_give_the_same_teacher(tmp_path):
     for name in ("teacher.safetensors", "teacher.pth", "parallel.pth", "checkpoint.pth"):
         teacher = Teacher("resnet18")
         record = load_teacher(teacher, "resnet18", str(tmp_path / name))
-        loaded = teacher.network.state_dict()
+        loaded = teacher.weights
         assert all(torch.equal(loaded[k], v) for k, v in load_file(path).items()), name
         assert record.origin == name and len(record.sha256) == 64
         assert record.licence == ("CC0-1.0" if name == "teacher.safetensors" else "not stated")
@@ -468,3 +529,45 @@ def test_half_precision_features_are_compared_in_float32():
     large = [torch.full(shape, 60.0, dtype=torch.float16) for shape in shapes]
     maps, scores = AnomalyMap((64, 96))(large, large)
     assert maps.dtype == torch.float32 and maps.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 32)])
+def test_refinement_scales_the_mean_by_the_calmest_scales_maximum(size):
+    """DRD's image score, from upsampled maps and torch's variance; its map scaled alike."""
+    calmest = set()
+    for seed in range(6):
+        e, d = features(seed, 1, size), features(seed + 50, 1, size)
+        # One scale is restored well, and so varies less than the other two.
+        d[seed % 3] = e[seed % 3] + 0.3 * d[seed % 3]
+        distances = [cosine_distance(a, b) for a, b in zip(e, d, strict=True)]
+        upsampled = [
+            F.interpolate(x[None], size=size, mode="bilinear", align_corners=True)[0, 0]
+            for x in distances
+        ]
+        best = int(torch.stack([u.var() for u in upsampled]).argmin())
+        calmest.add(best)
+        certainty = 1 + distances[best].max()
+        expected = gaussian_filter((certainty * sum(upsampled) / 3).numpy(), sigma=4)
+        anomaly_map, score = AnomalyMap(size, refinement=True)(e, d)
+        np.testing.assert_allclose(anomaly_map[0].numpy(), expected, atol=2e-6)
+        assert score.item() == anomaly_map.max().item()
+    assert len(calmest) > 1
+
+
+def test_refinement_judges_each_image_of_a_batch_by_itself():
+    e, d = features(0, 4), features(1, 4)
+    refine = AnomalyMap((64, 96), refinement=True)
+    together, _ = refine(e, d)
+    for i in range(4):
+        alone, _ = refine([x[i : i + 1] for x in e], [x[i : i + 1] for x in d])
+        np.testing.assert_allclose(together[i].numpy(), alone[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [32, 96])
+def test_the_whole_sample_border_is_torchs_reflection(length):
+    signal = torch.rand(1, 1, length, dtype=torch.float64)
+    offsets = torch.arange(-16, 17)
+    kernel = torch.exp(-0.5 * (offsets.double() / 4) ** 2)
+    expected = F.conv1d(F.pad(signal, (16, 16), "reflect"), (kernel / kernel.sum())[None, None])
+    actual = gaussian_matrix(length, 4, border="whole-sample") @ signal[0, 0]
+    np.testing.assert_allclose(actual.numpy(), expected[0, 0].numpy(), atol=1e-12)

@@ -88,7 +88,7 @@ def test_the_teacher_is_the_files_and_is_not_trained(settings):
     run = train(settings)
     given = load_file(settings.teacher_weights)
     kept = load_file(settings.folder / "teacher.safetensors")
-    assert same({k.removeprefix("network."): v for k, v in kept.items()}, given)
+    assert same({k.removeprefix("network.model."): v for k, v in kept.items()}, given)
     assert run.teacher.sha256 == image.digest(Path(settings.teacher_weights).read_bytes())
     assert run.teacher.licence == "CC0-1.0"
 
@@ -191,7 +191,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_there(tmp_path):
 
     def interrupt(module, *_):
         nonlocal forwards
-        if type(module).__name__ == "ReverseDistillation":
+        if type(module).__name__ == "Objective":
             forwards += 1
             if forwards == 2:
                 signal.raise_signal(signal.SIGINT)

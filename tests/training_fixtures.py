@@ -38,7 +38,7 @@ def write_teacher(path: Path, backbone: str = "resnet18", seed: int = 0) -> Path
     """Random weights in the place of ImageNet's, which no test may download."""
     teacher = Teacher(backbone)
     randomise(teacher, seed)
-    save_file(teacher.network.state_dict(), path, metadata={"license": "CC0-1.0"})
+    save_file(teacher.weights, path, metadata={"license": "CC0-1.0"})
     return path
 
 

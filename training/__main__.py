@@ -5,12 +5,22 @@ import json
 import logging
 import signal
 import sys
+from argparse import BooleanOptionalAction
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 from service.errors import ServiceError
 from training.errors import TrainingError
-from training.settings import ARCHITECTURES, BACKBONES, Settings
+from training.settings import (
+    ARCHITECTURES,
+    BACKBONES,
+    Bottleneck,
+    FeatureCache,
+    Loss,
+    Settings,
+    Skips,
+)
 
 INTERRUPTED = 130
 
@@ -56,22 +66,42 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--name", required=True, help="the model's name: a product or a view")
     add("--models", help="folder of all models (default: models)")
     add("--architecture", choices=ARCHITECTURES, help="default: sk-rd4ad")
-    add("--skips", choices=("none", "sk", "gated"), help="default: the architecture's")
-    add("--consistency-rate", type=float, metavar="RATE", help="default: the architecture's")
-    add("--backbone", choices=BACKBONES, help=f"default: {default['backbone']}")
+    add("--skips", choices=get_args(Skips), help="default: the architecture's")
+    add("--bottleneck", choices=get_args(Bottleneck), help="default: the architecture's")
+    add("--loss", choices=get_args(Loss), help="default: the architecture's")
+    add("--consistency-rate", type=rate, metavar="RATE", help="default: the architecture's")
+    for name in ("pseudo-anomalies", "refinement"):
+        add(f"--{name}", action=BooleanOptionalAction, help="default: the architecture's")
+    add(
+        "--backbone",
+        metavar="NAME",
+        help=f"{', '.join(BACKBONES)}, or another CNN of timm (default: {default['backbone']})",
+    )
     add("--teacher-weights", metavar="hub|FILE", help="ImageNet weights by timm, or a file")
     add("--teacher-licence", metavar="TEXT", help="recorded where the weights state none")
-    add("--embedding-planes", type=positive, metavar="N", help="default: 512, as published")
+    add("--embedding-planes", type=positive, metavar="N", help="default: twice the teacher's")
     add("--image-size", type=positive, nargs="+", metavar=("H", "W"), help="default: 256 256")
     add("--epochs", type=positive, help=f"default: {default['epochs']}")
-    add("--batch-size", type=positive, help=f"default: {default['batch_size']}")
+    add("--batch-size", type=positive, help=f"default: {default['batch_size']}; DRD's: 4")
     add("--lr", type=positive_number, help=f"default: {default['lr']}")
+    add("--weight-decay", type=rate, help="default: 0; DRD's: 1e-5")
     add("--seed", type=natural, help=f"default: {default['seed']}")
     add("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
     add(
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="default: float32 on the CPU, bfloat16 on CUDA (float16 where it lacks that)",
+    )
+    add(
+        "--feature-cache",
+        choices=get_args(FeatureCache),
+        help="where the teacher's features are kept once computed (default: auto, where they fit)",
+    )
+    add(
+        "--feature-memory-gb",
+        type=positive_number,
+        metavar="GB",
+        help="memory they may take (default: a quarter of the machine's)",
     )
     add("--save-every", type=positive, metavar="EPOCHS", help=f"default: {default['save_every']}")
     add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
@@ -106,17 +136,13 @@ def _settings(given: dict[str, object], resume: bool) -> Settings:
         given["image_size"] = image_size(given["image_size"])  # type: ignore[arg-type]
     asked = Settings(**given)  # type: ignore[arg-type]
     if not resume:
-        skips, rate = ARCHITECTURES[asked.architecture]
-        return replace(
-            asked,
-            skips=str(given.get("skips", skips)),
-            consistency_rate=float(given.get("consistency_rate", rate)),  # type: ignore[arg-type]
-        )
+        return replace(asked, **ARCHITECTURES[asked.architecture] | given)
     from training import checkpoint as checkpoints
 
     saved = checkpoints.read(asked.folder).settings
     # What may differ: where files lie, what computes, and how long to go on.
     free = {"data", "models", "device", "epochs", "save_every", "strict"}
+    free |= {"feature_cache", "feature_memory_gb"}
     for name, value in given.items():
         if name not in free and value != getattr(saved, name):
             raise TrainingError(
@@ -153,6 +179,13 @@ def positive_number(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value:g}")
     return value
 
 

@@ -19,7 +19,7 @@ from training.errors import TrainingError
 from training.model import ReverseDistillation, TeacherWeights
 from training.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

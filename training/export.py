@@ -24,7 +24,7 @@ from training import checkpoint as checkpoints
 from training import data
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
-from training.model import AnomalyMap, ReverseDistillation
+from training.model import AnomalyMap, ReverseDistillation, from_settings
 
 Weights = Literal["float32", "float16"]
 
@@ -32,15 +32,18 @@ OPSET = 20
 PARITY_LIMIT = 1e-4  # relative, of score and map
 ROUNDING_LIMIT = 2e-2  # what storing weights in float16 may change, relative
 # Settings that say nothing about the model: places on the machine that trained it.
-LOCAL_SETTINGS = ("data", "models", "name", "image_size", "device", "save_every", "strict")
+LOCAL_SETTINGS = (
+    *("data", "models", "name", "image_size", "device", "save_every", "strict"),
+    *("feature_cache", "feature_memory_gb"),
+)
 
 
 class Scorer(nn.Module):
     """The whole graph: from uint8 pixels to anomaly map and image score."""
 
-    def __init__(self, model: ReverseDistillation, image_size: tuple[int, int]) -> None:
+    def __init__(self, model: ReverseDistillation, anomaly_map: AnomalyMap) -> None:
         super().__init__()
-        self.model, self.anomaly_map = model, AnomalyMap(image_size)
+        self.model, self.anomaly_map = model, anomaly_map
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         teacher_features, decoder_features = self.model(image)
@@ -98,8 +101,10 @@ def export(
             architecture=run.settings.architecture,
             backbone=run.settings.backbone,
             skips=run.settings.skips,
+            bottleneck=run.settings.bottleneck,
+            refinement=run.settings.refinement,
             consistency_rate=run.settings.consistency_rate,
-            embedding_planes=run.settings.embedding_planes,
+            embedding_planes=scorer.model.embedding_planes,
         ),
         teacher=Teacher(**asdict(run.teacher)),
         data=TrainingData(
@@ -118,13 +123,10 @@ def export(
 
 
 def load_scorer(run: Checkpoint, folder: Path) -> Scorer:
-    model = ReverseDistillation(
-        run.settings.backbone,
-        run.settings.skips,  # type: ignore[arg-type]
-        run.settings.embedding_planes,
-    )
+    model = from_settings(run.settings)
     checkpoints.load_weights(run, folder, model)
-    return Scorer(model, run.settings.image_size).eval()
+    anomaly_map = AnomalyMap(run.settings.image_size, refinement=run.settings.refinement)
+    return Scorer(model, anomaly_map).eval()
 
 
 def to_onnx(scorer: Scorer, image_size: tuple[int, int]) -> bytes:

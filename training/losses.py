@@ -1,25 +1,82 @@
 """What the decoder is trained to make small."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from training import pseudo
+from training.model import ReverseDistillation
+from training.settings import Loss, Settings
+
+Features = list[Tensor]  # (B, C, h, w) of each scale, shallow to deep
+SEGMENTATION_RATE = 0.1  # DRD's code
 
 
-def distillation_loss(teacher_features: list[Tensor], decoder_features: list[Tensor]) -> Tensor:
-    """Sum over scales of the mean over images of 1 - cosine of the *flattened* maps.
+class Objective(nn.Module):
+    """The loss of a batch, as a run's settings compose it; in float32 whatever the network is."""
 
-    The published code of RD4AD (Deng & Li, CVPR 2022) flattens each image's map to one vector,
-    where the paper's equation (2) averages over places; the flattened form is the one that gives
-    the published figures.
+    def __init__(self, model: ReverseDistillation, settings: Settings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, images: Tensor, e: Features, rng: np.random.Generator) -> Tensor:
+        """Of images uint8 (B, H, W, 3) and the teacher's maps of them; a scalar."""
+        d = _float32(self.model.restore(e))
+        loss = distillation_loss(e, d, self.settings.loss)
+        if self.settings.consistency_rate:
+            loss = loss + self.settings.consistency_rate * consistency_loss(e, d)
+        if self.settings.pseudo_anomalies:
+            loss = loss + self._pseudo_anomalies(images, e, rng)
+        return loss
+
+    def _pseudo_anomalies(self, images: Tensor, e: Features, rng: np.random.Generator) -> Tensor:
+        """DRD's other half: restore the normal image's maps from a pseudo-anomalous one's."""
+        teacher = self.model.teacher
+        normal = teacher.normalise(images)
+        pasted = teacher.normalise(pseudo.paste(images, rng))
+        pasted_e = pseudo.add_noise(_float32(teacher(pasted)), rng)
+        pasted_d = _float32(self.model.restore(pasted_e))
+        difference = 1 - F.cosine_similarity(pasted, normal, dim=1, eps=1e-8)
+        segmentation = segmentation_loss(pasted_e, pasted_d, difference)
+        return channel_loss(e, pasted_d) + SEGMENTATION_RATE * segmentation
+
+
+def _float32(features: Features) -> Features:
+    return [feature.float() for feature in features]
+
+
+def distillation_loss(
+    teacher_features: Features, decoder_features: Features, kind: Loss = "flattened"
+) -> Tensor:
+    """Sum over scales of 1 - cosine between what the teacher sees and the decoder restores.
+
+    `flattened` compares each image's whole map as one vector: so does the published code of RD4AD
+    (Deng & Li, CVPR 2022), whose paper's equation (2) averages over places (`per-location`).
+    `dual` is per location plus per channel (DRD: Ge et al., Neurocomputing 624, 2025).
     """
+    dimensions = {"flattened": [(1, 3)], "per-location": [(1, 1)], "dual": [(1, 1), (2, 3)]}[kind]
     losses = [
-        (1 - F.cosine_similarity(e.flatten(1), d.flatten(1), dim=1, eps=1e-8)).mean()
+        _cosine_distance(e, d, *axes)
         for e, d in zip(teacher_features, decoder_features, strict=True)
+        for axes in dimensions
     ]
     return torch.stack(losses).sum()
 
 
-def consistency_loss(teacher_features: list[Tensor], decoder_features: list[Tensor]) -> Tensor:
+def channel_loss(teacher_features: Features, decoder_features: Features) -> Tensor:
+    """Sum over scales of the mean over images and channels of 1 - cosine over places (DRD)."""
+    pairs = zip(teacher_features, decoder_features, strict=True)
+    return torch.stack([_cosine_distance(e, d, 2, 3) for e, d in pairs]).sum()
+
+
+def _cosine_distance(a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
+    """Mean of 1 - cosine of the vectors along dimensions `first` to `last`."""
+    a, b = a.flatten(first, last), b.flatten(first, last)
+    return (1 - F.cosine_similarity(a, b, dim=first, eps=1e-8)).mean()
+
+
+def consistency_loss(teacher_features: Features, decoder_features: Features) -> Tensor:
     """Asks neighbouring scales to be restored equally well (SK-RD4AD's code; not in the paper).
 
     Sum over neighbours of |MSE at the deeper scale, upsampled to the shallower - MSE there|.
@@ -31,6 +88,22 @@ def consistency_loss(teacher_features: list[Tensor], decoder_features: list[Tens
         upsampled = F.mse_loss(_upsample(deep_e, size), _upsample(deep_d, size))
         differences.append((upsampled - F.mse_loss(shallow_e, shallow_d)).abs())
     return torch.stack(differences).sum()
+
+
+def segmentation_loss(
+    teacher_features: Features, decoder_features: Features, difference: Tensor
+) -> Tensor:
+    """Mean |anomaly map - difference (B, H, W)|: defects shall show where the image was changed.
+
+    DRD's third term: the map is the mean over scales of the upsampled cosine distances of a
+    pseudo-anomalous image, `difference` its cosine distance from the normal one over colours.
+    """
+    size = difference.shape[-2:]
+    maps = [
+        _upsample((1 - F.cosine_similarity(e, d, dim=1, eps=1e-8)).unsqueeze(1), size)
+        for e, d in zip(teacher_features, decoder_features, strict=True)
+    ]
+    return F.l1_loss(torch.stack(maps).mean(0).squeeze(1), difference)
 
 
 def _upsample(features: Tensor, size: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ Feature lists run from shallow (stride 4) to deep (stride 16) on both sides.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,32 +22,82 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import TrainingError
-from training.settings import BACKBONES, Backbone, Skips
+from training.settings import BACKBONES, OTHER_BACKBONE, Blocks, Bottleneck, Settings, Skips
 
 NOT_STATED = "not stated"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Border = Literal["half-sample", "whole-sample"]
+STRIDES = (4, 8, 16)  # of the teacher's maps, shallow to deep
 
 
 class Teacher(nn.Module):
-    """ResNet stem and layer1 to layer3, frozen: stays in eval mode whatever `train` says."""
+    """A CNN's maps at strides 4, 8 and 16, frozen: stays in eval mode whatever `train` says.
+
+    Raises TrainingError for a name that timm doesn't know and a network without such maps.
+    """
+
+    network: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: str) -> None:
         super().__init__()
+        indices = _stages(backbone)
+        # A "getter" leaves out what comes after the last map and keeps timm's names of the rest.
         self.network = timm.create_model(
-            backbone, pretrained=False, features_only=True, out_indices=(1, 2, 3)
+            backbone, features_only=True, feature_cls="getter", out_indices=indices
         )
+        self.channels: list[int] = self.network.feature_info.channels()
+        mean, std = _statistics(backbone)
+        self.register_buffer("mean", 255 * torch.tensor(mean), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std), persistent=False)
         self.requires_grad_(False).eval()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that are used, by timm's names (for ResNets also torchvision's)."""
+        state: dict[str, Tensor] = self.network.model.state_dict()
+        return state
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """RGB images (B, H, W, 3), 0 to 255 -> (B, 3, H, W) as the teacher was trained on."""
+        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """[E1 (B,C,H/4,W/4), E2 (B,2C,H/8,W/8), E3 (B,4C,H/16,W/16)] of normalised images."""
-        features: list[Tensor] = self.network(images)
+    def forward(self, normalised: Tensor) -> list[Tensor]:
+        """[E1 (B, C1, H/4, W/4), E2 (B, C2, H/8, W/8), E3 (B, C3, H/16, W/16)]."""
+        features: list[Tensor] = self.network(normalised)
         return features
+
+
+def _stages(backbone: str) -> tuple[int, ...]:
+    """Which of a network's stages end with maps at strides 4, 8 and 16."""
+    try:
+        with torch.device("meta"):  # its description is wanted, not its weights
+            model: Any = timm.create_model(backbone)
+    except RuntimeError as error:  # timm's for an unknown name
+        raise TrainingError(
+            f"backbone {backbone!r} is none of {', '.join(BACKBONES)}, and timm "
+            f"{timm.__version__} has no network of that name: {error}"
+        ) from error
+    reductions = [entry["reduction"] for entry in getattr(model, "feature_info", [])]
+    if not set(STRIDES) <= set(reductions):
+        raise TrainingError(
+            f"backbone {backbone!r} has maps at strides {reductions or 'unknown'}; a teacher needs "
+            f"{', '.join(map(str, STRIDES))}"
+        )
+    return tuple(max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES)
+
+
+def _statistics(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pictures that timm's weights were trained on."""
+    config = timm.get_pretrained_cfg(backbone)
+    return (config.mean, config.std) if config else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -59,15 +109,24 @@ def upsampling(inputs: int, outputs: int) -> nn.ConvTranspose2d:
 
 
 class Residual(nn.Module):
-    """A ResNet block; the first of a stage halves the resolution, or doubles it in the decoder."""
+    """A ResNet block; the first of a stage halves the resolution, or doubles it in the decoder.
+
+    `signed` leaves out the last ReLU, for maps that hold negative values.
+    """
 
     def __init__(
-        self, inputs: int, planes: int, backbone: Backbone, *, resample: Literal["", "down", "up"]
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: Blocks,
+        *,
+        resample: Literal["", "down", "up"] = "",
+        signed: bool = False,
     ) -> None:
         super().__init__()
-        outputs = planes * backbone.expansion
-        if backbone.bottleneck:
-            width = planes * backbone.width_factor
+        self.signed = signed
+        if blocks.bottleneck:
+            width = outputs // blocks.expansion * blocks.width_factor
             self.body = nn.Sequential(
                 convolution(inputs, width, 1),
                 nn.BatchNorm2d(width),
@@ -80,10 +139,10 @@ class Residual(nn.Module):
             )
         else:
             self.body = nn.Sequential(
-                self._spatial(inputs, planes, resample),
-                nn.BatchNorm2d(planes),
+                self._spatial(inputs, outputs, resample),
+                nn.BatchNorm2d(outputs),
                 nn.ReLU(inplace=True),
-                convolution(planes, outputs, 3),
+                convolution(outputs, outputs, 3),
                 nn.BatchNorm2d(outputs),
             )
         self.shortcut: nn.Module = nn.Identity()
@@ -101,40 +160,72 @@ class Residual(nn.Module):
         return convolution(inputs, outputs, 3, stride=2 if resample == "down" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
+        summed: Tensor = self.body(x) + self.shortcut(x)
+        return summed if self.signed else F.relu(summed)
 
 
 def stage(
-    inputs: int, planes: int, blocks: int, backbone: Backbone, resample: Literal["down", "up"]
+    inputs: int, outputs: int, count: int, blocks: Blocks, resample: Literal["down", "up"]
 ) -> nn.Sequential:
-    outputs = planes * backbone.expansion
-    first = Residual(inputs, planes, backbone, resample=resample)
-    rest = (Residual(outputs, planes, backbone, resample="") for _ in range(blocks - 1))
-    return nn.Sequential(first, *rest)
+    """`count` blocks, the first of which resamples; in a decoder the last may be signed."""
+    chain = [Residual(inputs, outputs, blocks, resample=resample)]
+    chain += [Residual(outputs, outputs, blocks) for _ in range(count - 1)]
+    chain[-1].signed = blocks.signed and resample == "up"
+    return nn.Sequential(*chain)
 
 
-def downsampling(inputs: int, outputs: int) -> nn.Sequential:
+def fusing(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
     return nn.Sequential(
-        convolution(inputs, outputs, 3, stride=2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        convolution(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
 class OneClassEmbedding(nn.Module):
-    """OCBE (RD4AD, section 3.3): `fuse` brings the teacher's maps to stride 16, `embed` to 32."""
+    """OCBE (RD4AD, section 3.3): maps fused at stride 16 (MFF), embedded at stride 32 (OCE)."""
 
-    def __init__(self, backbone: Backbone, planes: int = 512) -> None:
+    def __init__(self, channels: list[int], blocks: Blocks, planes: int) -> None:
         super().__init__()
-        e = backbone.expansion
-        self.shallow = nn.Sequential(downsampling(64 * e, 128 * e), downsampling(128 * e, 256 * e))
-        self.middle = downsampling(128 * e, 256 * e)
-        self.embed = stage(3 * 256 * e, planes, backbone.embedding_blocks, backbone, "down")
+        c1, c2, c3 = channels
+        self.shallow = nn.Sequential(fusing(c1, c2), fusing(c2, c3))
+        self.middle = fusing(c2, c3)
+        self.embed = stage(3 * c3, planes * blocks.expansion, blocks.embedding, blocks, "down")
         initialise(self)
 
     def forward(self, teacher_features: list[Tensor]) -> Tensor:
         e1, e2, e3 = teacher_features
-        fused = torch.cat([self.shallow(e1), self.middle(e2), e3], dim=1)  # (B, 768e, H/16, W/16)
-        embedded: Tensor = self.embed(fused)  # (B, planes * e, H/32, W/32)
+        fused = torch.cat([self.shallow(e1), self.middle(e2), e3], dim=1)  # (B, 3 C3, H/16, W/16)
+        embedded: Tensor = self.embed(fused)  # (B, planes * expansion, H/32, W/32)
         return embedded
+
+
+class CascadedEmbedding(nn.Module):
+    """DRD's bottleneck (Ge et al., Neurocomputing 624, 2025): MFCF fuses from shallow to deep."""
+
+    def __init__(self, channels: list[int], blocks: Blocks, planes: int) -> None:
+        super().__init__()
+        c1, c2, c3 = channels
+        self.shallow = fusing(c1, c2)
+        self.middle = fusing(2 * c2, 2 * c3)
+        self.deep = fusing(3 * c3, c3, stride=1)
+        self.embed = stage(c3, planes * blocks.expansion, blocks.embedding, blocks, "down")
+        initialise(self)
+
+    def forward(self, teacher_features: list[Tensor]) -> Tensor:
+        e1, e2, e3 = teacher_features
+        fused = self.middle(torch.cat([self.shallow(e1), e2], dim=1))  # (B, 2 C3, H/16, W/16)
+        fused = self.deep(torch.cat([fused, e3], dim=1))  # (B, C3, H/16, W/16)
+        embedded: Tensor = self.embed(fused)  # (B, planes * expansion, H/32, W/32)
+        return embedded
+
+
+def embedding(
+    kind: Bottleneck, channels: list[int], blocks: Blocks, planes: int
+) -> OneClassEmbedding | CascadedEmbedding:
+    if kind == "mfcf":
+        return CascadedEmbedding(channels, blocks, planes)
+    if kind == "mff-narrow":
+        blocks = replace(blocks, width_factor=1, embedding=3 if blocks.bottleneck else 2)
+    return OneClassEmbedding(channels, blocks, planes)
 
 
 class Decoder(nn.Module):
@@ -145,19 +236,19 @@ class Decoder(nn.Module):
     and the restored vector at that place, so that teacher features enter only where both agree.
     """
 
-    def __init__(self, backbone: Backbone, skips: Skips, embedding_planes: int = 512) -> None:
+    def __init__(self, channels: list[int], blocks: Blocks, skips: Skips, planes: int) -> None:
         super().__init__()
-        e = backbone.expansion
-        deep, middle, shallow = backbone.decoder_blocks
+        c1, c2, c3 = channels
+        deep, middle, shallow = blocks.decoder
         self.skips = skips
-        self.stage3 = stage(embedding_planes * e, 256, deep, backbone, "up")
-        self.stage2 = stage(256 * e, 128, middle, backbone, "up")
-        self.stage1 = stage(128 * e, 64, shallow, backbone, "up")
+        self.stage3 = stage(planes * blocks.expansion, c3, deep, blocks, "up")
+        self.stage2 = stage(c3, c2, middle, blocks, "up")
+        self.stage1 = stage(c2, c1, shallow, blocks, "up")
         initialise(self)
 
-    def forward(self, embedding: Tensor, teacher_features: list[Tensor]) -> list[Tensor]:
+    def forward(self, embedded: Tensor, teacher_features: list[Tensor]) -> list[Tensor]:
         _, e2, e3 = teacher_features
-        d3 = self.stage3(embedding)
+        d3 = self.stage3(embedded)
         d2 = self.stage2(self._skip(d3, e3))
         d1 = self.stage1(self._skip(d2, e2))
         return [d1, d2, d3]  # compared with E before the skip: no way around the bottleneck for D3
@@ -181,34 +272,45 @@ def initialise(module: nn.Module) -> None:
 class ReverseDistillation(nn.Module):
     """Teacher, bottleneck and decoder for uint8 images.
 
-    `embedding_planes` is the width of the one-class embedding: 512 as published, fewer for a
-    smaller graph.
+    `embedding_planes` is the width of the one-class embedding; by default twice the teacher's
+    deepest map, which for ResNets is the published 512. Raises TrainingError for a backbone that
+    can't teach.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: str, skips: Skips, embedding_planes: int = 512) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        skips: Skips = "sk",
+        embedding_planes: int | None = None,
+        bottleneck: Bottleneck = "mff",
+    ) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise TrainingError(f"backbone {backbone!r} is none of {', '.join(BACKBONES)}")
-        shape = BACKBONES[backbone]
+        blocks = BACKBONES.get(backbone, OTHER_BACKBONE)
         self.teacher = Teacher(backbone)
-        self.bottleneck = OneClassEmbedding(shape, embedding_planes)
-        self.decoder = Decoder(shape, skips, embedding_planes)
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD), persistent=False)
+        channels = self.teacher.channels
+        self.embedding_planes = embedding_planes or 2 * channels[-1] // blocks.expansion
+        self.bottleneck = embedding(bottleneck, channels, blocks, self.embedding_planes)
+        self.decoder = Decoder(channels, blocks, skips, self.embedding_planes)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(teacher_features, decoder_features) of RGB images, uint8 (B, H, W, 3)."""
-        normalised = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        teacher_features = self.teacher(normalised)
-        decoder_features = self.decoder(self.bottleneck(teacher_features), teacher_features)
-        return teacher_features, decoder_features
+        """(teacher_features, decoder_features) of RGB images (B, H, W, 3), 0 to 255."""
+        teacher_features = self.teacher(self.teacher.normalise(images))
+        return teacher_features, self.restore(teacher_features)
+
+    def restore(self, teacher_features: list[Tensor]) -> list[Tensor]:
+        """decoder_features: what the bottleneck lets the decoder know of the teacher's maps."""
+        restored: list[Tensor] = self.decoder(self.bottleneck(teacher_features), teacher_features)
+        return restored
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Bottleneck's and decoder's tensors: all that training changes."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("teacher.")}
+
+
+def from_settings(settings: Settings) -> ReverseDistillation:
+    return ReverseDistillation(
+        settings.backbone, settings.skips, settings.embedding_planes, settings.bottleneck
+    )
 
 
 @dataclass(frozen=True)
@@ -223,9 +325,9 @@ class TeacherWeights:
 def load_teacher(teacher: Teacher, backbone: str, source: str, licence: str = "") -> TeacherWeights:
     """Fill a teacher from timm's hub (`hub`: the torchvision ImageNet weights) or from a file.
 
-    A file is .safetensors, or .pth read with weights_only, with torchvision's or timm's ResNet
-    keys; layer4 and fc are ignored. `licence` is recorded where the source states none. Raises
-    TrainingError that names missing or misshaped keys.
+    A file is .safetensors, or .pth read with weights_only, with timm's keys (a
+    ResNet's are torchvision's); what comes after stride 16 is ignored. `licence` is recorded where
+    the source states none. Raises TrainingError that names missing or misshaped keys.
     """
     if source == "hub":
         return _load_from_hub(teacher, backbone, licence)
@@ -238,7 +340,7 @@ def load_teacher(teacher: Teacher, backbone: str, source: str, licence: str = ""
 
 
 def _load_from_hub(teacher: Teacher, backbone: str, licence: str) -> TeacherWeights:
-    name = f"{backbone}.tv_in1k"
+    name = f"{backbone}.tv_in1k" if backbone in BACKBONES else backbone
     try:
         pretrained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub client raises many types with no common base
@@ -279,7 +381,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> None:
-    wanted = teacher.network.state_dict()
+    wanted = teacher.weights
     optional = {key for key in wanted if key.endswith("num_batches_tracked")}
     missing = sorted(set(wanted) - set(state) - optional)
     misshaped = sorted(
@@ -294,7 +396,8 @@ def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> No
             f"teacher weights {path}: {'; '.join(problems)}. Is it another network than --backbone "
             "says?"
         )
-    teacher.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+    known = {key: state[key] for key in wanted if key in state}
+    teacher.network.model.load_state_dict(known, strict=False)
 
 
 def _shortened(names: list[str], count: int = 12) -> str:
@@ -308,27 +411,60 @@ class AnomalyMap(nn.Module):
     RD4AD's map is `gaussian_filter(sum_k bilinear(1 - cos(E_k, D_k)), sigma=4)`. Both operations
     are linear and separable, so each scale takes two products with constant matrices,
     A_h d A_w^T: the same result to float32's precision at a tenth of the cost, on any runtime.
+
+    refinement: DRD's image score (Ge et al., 2025, and its code) is that of the scales' mean,
+    scaled by 1 + the greatest distance on the scale whose upsampled distances vary least. Here it
+    scales the whole map, so that the score stays the map's maximum.
     """
 
-    def __init__(self, image_size: tuple[int, int], sigma: float = 4.0) -> None:
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        sigma: float = 4.0,
+        *,
+        border: Border = "half-sample",
+        refinement: bool = False,
+    ) -> None:
         super().__init__()
-        self.strides = (4, 8, 16)
+        self.refinement = refinement
         for axis, length in zip("hw", image_size, strict=True):
-            blur = gaussian_matrix(length, sigma)
-            for stride in self.strides:
-                operator = blur @ bilinear_matrix(length // stride, length)  # (length, length / s)
-                self.register_buffer(f"{axis}{stride}", operator.float(), persistent=False)
+            blur = gaussian_matrix(length, sigma, border=border)
+            for stride in STRIDES:
+                upsample = bilinear_matrix(length // stride, length)  # (length, length / stride)
+                self._constant(f"{axis}{stride}", blur @ upsample)
+                if refinement:
+                    self._constant(f"{axis}{stride}_mean", upsample.mean(0, keepdim=True))
+                    self._constant(f"{axis}{stride}_gram", upsample.T @ upsample / length)
+
+    def _constant(self, name: str, matrix: Tensor) -> None:
+        self.register_buffer(name, matrix.float(), persistent=False)
 
     def forward(
         self, teacher_features: list[Tensor], decoder_features: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(anomaly_map (B, H, W), image_score (B,)), float32 whatever the features are."""
-        maps = []
-        for stride, e, d in zip(self.strides, teacher_features, decoder_features, strict=True):
-            rows, columns = self.get_buffer(f"h{stride}"), self.get_buffer(f"w{stride}")
-            maps.append(rows @ cosine_distance(e.float(), d.float()) @ columns.T)  # (B, H, W)
-        anomaly_map = torch.stack(maps).sum(0)
+        pairs = zip(teacher_features, decoder_features, strict=True)
+        distances = [cosine_distance(e.float(), d.float()) for e, d in pairs]
+        anomaly_map = torch.stack(
+            [self._sandwich(d, str(s)) for d, s in zip(distances, STRIDES, strict=True)]
+        ).sum(0)
+        if self.refinement:
+            anomaly_map = anomaly_map * (self._certainty(distances) / len(STRIDES))
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+    def _sandwich(self, distances: Tensor, name: str) -> Tensor:
+        return self.get_buffer(f"h{name}") @ distances @ self.get_buffer(f"w{name}").T
+
+    def _certainty(self, distances: list[Tensor]) -> Tensor:
+        """DRD's factor (B, 1, 1): 1 + the maximum of the scale with the least variance."""
+        variances = []
+        for d, stride in zip(distances, STRIDES, strict=True):
+            centred = d - self._sandwich(d, f"{stride}_mean")  # upsampling keeps constants
+            # Mean square of the upsampled map without computing it: <d, U'U d W'W>.
+            variances.append((centred * self._sandwich(centred, f"{stride}_gram")).sum((1, 2)))
+        calmest = torch.stack(variances, 1).argmin(1, keepdim=True)  # (B, 1)
+        maxima = torch.stack([d.amax(dim=(1, 2)) for d in distances], 1)  # (B, scales)
+        return 1 + maxima.gather(1, calmest)[:, :, None]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -337,15 +473,23 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (a * b).sum(1) / norms.clamp_min(1e-8)
 
 
-def gaussian_matrix(length: int, sigma: float, truncate: float = 4.0) -> Tensor:
-    """(length, length) float64 operator equal to scipy.ndimage.gaussian_filter1d, mode reflect."""
+def gaussian_matrix(
+    length: int, sigma: float, truncate: float = 4.0, border: Border = "half-sample"
+) -> Tensor:
+    """(length, length) float64 operator of a Gaussian blur with reflecting borders.
+
+    `half-sample` (d c b a | a b c d) equals scipy.ndimage.gaussian_filter1d's mode reflect;
+    `whole-sample` (d c b | a b c d) torch's reflect padding, as anomalib blurs.
+    """
     radius = int(truncate * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     kernel /= kernel.sum()
-    # Half-sample reflection (d c b a | a b c d | d c b a) has period 2 * length.
-    positions = (torch.arange(length)[:, None] + offsets).remainder(2 * length)
-    positions = torch.where(positions < length, positions, 2 * length - 1 - positions)
+    # The reflected axis repeats itself after this many places.
+    period = 2 * length if border == "half-sample" else 2 * length - 2
+    positions = (torch.arange(length)[:, None] + offsets).remainder(period)
+    mirrored = (period - 1 if border == "half-sample" else period) - positions
+    positions = torch.where(positions < length, positions, mirrored)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     return matrix.scatter_add_(1, positions, kernel.expand(length, -1))
 

@@ -6,12 +6,12 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from service import image
 from service.bundle import NAME_PATTERN
@@ -19,10 +19,11 @@ from training import checkpoint as checkpoints
 from training import data
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
-from training.losses import consistency_loss, distillation_loss
-from training.model import ReverseDistillation, load_teacher
+from training.features import TeacherFeatures, teacher_features
+from training.losses import Objective
+from training.model import ReverseDistillation, from_settings, load_teacher
 from training.progress import Progress, progress
-from training.settings import Settings, Skips
+from training.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,20 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     settings = run.settings
 
     torch.manual_seed(settings.seed)
-    skips: Skips = settings.skips  # type: ignore[assignment]
-    model = ReverseDistillation(settings.backbone, skips, settings.embedding_planes)
+    model = from_settings(settings)
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
     else:
+        run.settings = replace(settings, embedding_planes=model.embedding_planes)
         run.teacher = load_teacher(
             model.teacher, settings.backbone, settings.teacher_weights, settings.teacher_licence
         )
         checkpoints.save_teacher(settings.folder, model)
     model.to(device).to(memory_format=torch.channels_last).train()
     trainable = [*model.bottleneck.parameters(), *model.decoder.parameters()]
-    optimizer = torch.optim.Adam(trainable, lr=settings.lr, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(
+        trainable, lr=settings.lr, betas=(0.5, 0.999), weight_decay=settings.weight_decay
+    )
     if resume:
         checkpoints.load_optimizer(run, settings.folder, optimizer)
     # float16 gradients underflow without scaling; other precisions pass through unchanged.
@@ -61,15 +64,22 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     if not resume:
         checkpoints.save(run, model, optimizer)
 
+    objective = Objective(model, settings)
     batches = steps(len(run.trained), settings, run.step)
-    with _progress(run) as bar, stop_on_signal() as stop:
+    with (
+        stop_on_signal() as stop,
+        _features(model, images, settings, device, precision) as features,
+        _progress(run) as bar,
+    ):
         for indices in batches:
+            if stop.is_set():
+                break
             pixels = torch.from_numpy(images[indices]).to(device)
+            rng = np.random.default_rng([settings.seed, run.step, 1])
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                teacher_features, decoder_features = model(pixels)
-            loss = total_loss(teacher_features, decoder_features, settings.consistency_rate)
+                loss = objective(pixels, features[indices], rng)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
 
@@ -81,21 +91,25 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
             due = epoch_ended and (run.epoch % settings.save_every == 0 or run.finished)
             if due or stop.is_set():
                 checkpoints.save(run, model, optimizer)
-            if stop.is_set():
-                break
     return run
 
 
-def total_loss(
-    teacher_features: list[Tensor], decoder_features: list[Tensor], consistency_rate: float
-) -> Tensor:
-    """Distillation, and SK-RD4AD's consistency term where its rate is not zero; in float32."""
-    teacher_features = [e.float() for e in teacher_features]
-    decoder_features = [d.float() for d in decoder_features]
-    loss = distillation_loss(teacher_features, decoder_features)
-    if consistency_rate:
-        loss = loss + consistency_rate * consistency_loss(teacher_features, decoder_features)
-    return loss
+def _features(
+    model: ReverseDistillation,
+    images: np.ndarray,
+    settings: Settings,
+    device: torch.device,
+    precision: torch.dtype,
+) -> AbstractContextManager[TeacherFeatures]:
+    return teacher_features(
+        model.teacher,
+        images,
+        device,
+        precision,
+        place=settings.feature_cache,
+        memory_gb=settings.feature_memory_gb,
+        folder=settings.folder,
+    )
 
 
 def batch_slices(count: int, batch_size: int) -> list[slice]:
