@@ -35,6 +35,7 @@ class Checkpoint:
     steps_per_epoch: int = 0
     losses: list[float] = field(default_factory=list)  # mean of each finished epoch
     loss_sum: float = 0.0  # of the epoch under way
+    seconds: float = 0.0  # of training, teacher features included, over all its parts
     grad_scale: float | None = None  # float16 only
     state_file: str = ""
 

@@ -5,6 +5,7 @@ import logging
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -65,10 +66,11 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         checkpoints.save(run, model, optimizer)
 
     objective = Objective(model, settings)
+    began = time.monotonic() - run.seconds
     batches = steps(len(run.trained), settings, run.step)
     with (
         stop_on_signal() as stop,
-        _features(model, images, settings, device, precision) as features,
+        _features(model, images, run, device, precision) as features,
         _progress(run) as bar,
     ):
         for indices in batches:
@@ -84,6 +86,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
             scaler.update()
 
             _record(run, loss.item())
+            run.seconds = time.monotonic() - began
             run.grad_scale = scaler.get_scale() if scaler.is_enabled() else None
             bar.update(len(indices))
             bar.set_postfix(epoch=f"{run.epoch}/{settings.epochs}", loss=f"{loss.item():.4f}")
@@ -97,16 +100,17 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
 def _features(
     model: ReverseDistillation,
     images: np.ndarray,
-    settings: Settings,
+    run: Checkpoint,
     device: torch.device,
     precision: torch.dtype,
 ) -> AbstractContextManager[TeacherFeatures]:
+    settings = run.settings
     return teacher_features(
         model.teacher,
         images,
         device,
         precision,
-        place=settings.feature_cache,
+        place="off" if run.finished else settings.feature_cache,
         memory_gb=settings.feature_memory_gb,
         folder=settings.folder,
     )
@@ -184,7 +188,11 @@ def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]
 def _resume(settings: Settings) -> tuple[np.ndarray, Checkpoint]:
     """The same as `_start` for a saved run, its images checked against the record."""
     run = checkpoints.read(settings.folder)
-    run.settings = replace(settings, teacher_weights=run.settings.teacher_weights)
+    run.settings = replace(
+        settings,
+        teacher_weights=run.settings.teacher_weights,
+        embedding_planes=run.settings.embedding_planes,
+    )
     root = Path(settings.data)
     paths = [root / name for name in run.trained]
     loaded = data.load(paths, settings.image_size, strict=True, what="normal images")
