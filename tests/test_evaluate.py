@@ -58,6 +58,7 @@ def test_decisions_and_metrics_are_exact(labelled, write_bundle):
     assert report.kinds["speck"].auroc == 1
     assert report.image.f1_max == pytest.approx(10 / 11)
     assert report.image.f1_max_threshold == pytest.approx(64 / 255)
+    assert report.image.f1_max_fpr == 1 / 4
     assert report.scores["test/spot/0.png"] == pytest.approx(round(255 * 0.9) / 255)
     assert len(report.scores) == 9 and report.failed == {}
 
@@ -66,13 +67,29 @@ def test_pixel_metrics_pool_all_images(labelled, write_bundle):
     """Only the bright normal picture, 1 of 9, is above any defect: above the faint spot."""
     report = evaluate(write_bundle().folder, labelled, device="cpu")
     assert report.pixel.regions == 5 and report.masks.used == 5
-    defects, speck = 3 * 200 + 2 * 4, 4
+    defects = 3 * 200 + 2 * 4
     normal = 9 * 64 * 96 - defects
     hot = 64 * 96 / normal
     assert report.pixel.auroc == pytest.approx(1 - hot * 200 / defects, abs=1e-9)
     # Overlap 4/5 until the false-positive rate of the bright picture, then 1.
     assert report.pixel.aupro == pytest.approx((hot * 0.8 + (0.3 - hot)) / 0.3, abs=1e-9)
-    assert speck == 4
+    assert report.pixel.aupro_005 == pytest.approx(0.8, abs=1e-9)  # it is more than 5 %
+    found = defects - 200
+    expected = (found + 200 * defects / (defects + 64 * 96)) / defects
+    assert report.pixel.average_precision == pytest.approx(expected, abs=1e-9)
+    # In each image by itself, no normal pixel is ever above a defect.
+    assert report.pixel.pro_per_image is None and report.pixel.pro_left_out == 5
+    assert "per-image PRO undefined, 5 images left out" in table(report)
+
+
+def test_the_published_per_image_figure_stands_beside_the_pooled_ones(labelled, write_bundle):
+    """Of equal normal areas one is hotter than the defect, one cooler: see pro_per_image."""
+    pixels = spot(0.8)
+    pixels[50:60, 10:20], pixels[50:60, 50:60] = 230, 128
+    write_picture(labelled / "test/spot/0.png", pixels)
+    report = evaluate(write_bundle().folder, labelled, device="cpu")
+    assert report.pixel.pro_per_image == pytest.approx(1 / 2) and report.pixel.pro_left_out == 4
+    assert "per-image PRO 0.5000, 4 images left out" in table(report)
 
 
 def test_masks_that_are_missing_empty_or_vanished_are_counted_and_left_out(labelled, write_bundle):

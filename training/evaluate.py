@@ -155,8 +155,9 @@ def table(report: Report) -> str:
     lines = [
         f"{report.bundle} ({report.digest[:12]}) on {report.images} images",
         f"  image AUROC {report.image.auroc:.4f}   AP {report.image.average_precision:.4f}   "
-        f"F1-max {report.image.f1_max:.4f} at {report.image.f1_max_threshold:.4f}",
-        _pixel_line(pixel),
+        f"F1-max {report.image.f1_max:.4f} at {report.image.f1_max_threshold:.4f} "
+        f"(false-positive rate {report.image.f1_max_fpr:.3g})",
+        *_pixel_lines(pixel),
         f"  masks: {masks.used} used, {len(masks.missing)} missing, {len(masks.empty)} empty, "
         f"{len(masks.vanished)} vanished at the map's size (left out of pixel metrics)",
         f"  at threshold {report.threshold:.4f} (target false-positive rate "
@@ -172,13 +173,17 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _pixel_line(pixel: PixelMetrics | None) -> str:
+def _pixel_lines(pixel: PixelMetrics | None) -> list[str]:
     if pixel is None:
-        return "  no masks: no pixel metrics"
-    return (
-        f"  pixel AUROC {pixel.auroc:.4f}   AUPRO@0.3 {pixel.aupro:.4f} over "
-        f"{pixel.regions} regions"
-    )
+        return ["  no masks: no pixel metrics"]
+    per_image = "undefined" if pixel.pro_per_image is None else f"{pixel.pro_per_image:.4f}"
+    return [
+        f"  pixel AUROC {pixel.auroc:.4f}   AP {pixel.average_precision:.4f}   "
+        f"AUPRO@0.3 {pixel.aupro:.4f}   AUPRO@0.05 {pixel.aupro_005:.4f} over "
+        f"{pixel.regions} regions",
+        f"  per-image PRO {per_image}, {pixel.pro_left_out} images left out "
+        "(RD4AD's protocol, for comparison only)",
+    ]
 
 
 def _predict(detector: Detector, pixels: np.ndarray) -> list[Prediction]:
