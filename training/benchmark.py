@@ -27,12 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from service.bundle import Bundle
+from service.detector import Detector
 from service.image import digest
+from training import data
 from training.checkpoint import Checkpoint
 from training.evaluate import Report, evaluate
 from training.export import export
 from training.settings import ARCHITECTURES, Settings
 from training.train import train
+from training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ METRICS = {  # column -> heading
     "pro_per_image": "PRO per image",
     "false_positive_rate": "false positives",
     "detection_rate": "detected",
+    "drawn_auroc": "drawn defects, image AUROC",
+    "drawn_aupro": "drawn defects, AUPRO@0.3",
     "images_per_s": "trained images/s",
     "seconds": "training s",
 }
@@ -131,10 +137,18 @@ def _run(settings: Settings) -> Row | None:
     shutil.rmtree(models / settings.name / "1", ignore_errors=True)  # of an interrupted export
     bundle = export(models, settings.name, version=1)
     report = evaluate(bundle.folder, root, device="cpu")
-    return _row(run, report)
+    return _row(run, report, _validate(bundle, root))
 
 
-def _row(run: Checkpoint, report: Report) -> Row:
+def _validate(bundle: Bundle, root: Path) -> Validation:
+    """What a recipe may be chosen by: defects drawn on the held-out normal images."""
+    size = bundle.manifest.image_size
+    paths = [root / image.file for image in bundle.manifest.data.held_out]
+    normals = data.load(paths, size, strict=True, what="held-out images").pixels
+    return validate(Detector(bundle.read_graph(), size, "cpu"), normals)
+
+
+def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
     settings = {k: v for k, v in asdict(run.settings).items() if k not in IDLE}
     detected = [kind.detected for kind in report.kinds.values()]
     pixel = report.pixel
@@ -152,6 +166,8 @@ def _row(run: Checkpoint, report: Report) -> Row:
         "pro_per_image": pixel.pro_per_image if pixel else None,
         "false_positive_rate": report.false_positives.rate,
         "detection_rate": sum(d.count for d in detected) / sum(d.total for d in detected),
+        "drawn_auroc": validation.auroc,
+        "drawn_aupro": validation.aupro,
         "promised_rate": report.target_fpr,
         "trained": len(run.trained),
         "held_out": len(run.held_out),
@@ -261,22 +277,22 @@ def _csv(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     errors = [f"{name}_standard_error" for name in METRICS]
     writer.writerow(["data", "setup", "method", "seeds", *METRICS, *errors])
-    for (data, told, name), rows in sorted(groups.items()):
+    for (where, told, name), rows in sorted(groups.items()):
         found = [_mean(rows, column) for column in METRICS]
         means, deviations = zip(*found, strict=True)
-        writer.writerow([data, told, name, len(rows), *means, *deviations])
+        writer.writerow([where, told, name, len(rows), *means, *deviations])
     return text.getvalue()
 
 
 def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     lines = []
     tables: dict[tuple[str, str], list[tuple[str, list[Row]]]] = {}
-    for (data, told, name), rows in groups.items():
-        tables.setdefault((data, told), []).append((name, rows))
-    for (data, told), methods in sorted(tables.items()):
+    for (where, told, name), rows in groups.items():
+        tables.setdefault((where, told), []).append((name, rows))
+    for (where, told), methods in sorted(tables.items()):
         first = methods[0][1][0]
         lines += [
-            f"### {data}",
+            f"### {where}",
             "",
             f"{told}; {first['trained']} normal images trained on, {first['held_out']} held out, "
             f"{first['promised_rate']:.3g} false positives promised.",

@@ -1,0 +1,159 @@
+"""Many runs into one table: every combination once, resumed after a kill, told apart, averaged."""
+
+import csv
+import fcntl
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_fixtures import IMAGE_SIZE, PLANES, normal_picture, write_picture, write_teacher
+
+from training.benchmark import benchmark, method, read_rows, runs
+from training.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> dict[str, list[object]]:
+    """A plan of two architectures on twelve pictures, three of them with a white square."""
+    folder = tmp_path_factory.mktemp("part")
+    rng = np.random.default_rng(0)
+    for index in range(9):
+        write_picture(folder / f"part/train/good/{index}.png", normal_picture(rng))
+    for index in range(3):
+        write_picture(folder / f"part/test/good/{index}.png", normal_picture(rng))
+        broken, mask = normal_picture(rng), np.zeros(IMAGE_SIZE, np.uint8)
+        broken[20:40, 30:60] = 255
+        mask[20:40, 30:60] = 255
+        write_picture(folder / f"part/test/square/{index}.png", broken)
+        write_picture(folder / f"part/ground_truth/square/{index}_mask.png", mask)
+    teacher = write_teacher(folder / "teacher.safetensors")
+    return {
+        "data": [str(folder / "part")],
+        "architecture": ["rd4ad", "sk-rd4ad"],
+        "seed": [1],
+        "backbone": ["resnet18"],
+        "teacher_weights": [str(teacher)],
+        "embedding_planes": [PLANES],
+        "image_size": [IMAGE_SIZE],
+        "epochs": [1],
+        "batch_size": [4],
+        "device": ["cpu"],
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(grid, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("benchmark")
+    benchmark([grid], out)
+    return out
+
+
+def test_every_run_has_a_row_with_all_that_repeats_it(finished, grid):
+    rows = read_rows(finished)
+    assert [row["method"] for row in rows] == ["rd4ad, batch size 4", "sk-rd4ad, batch size 4"]
+    for row in rows:
+        assert 0 <= row["image_auroc"] <= 1 and 0 <= row["aupro"] <= 1
+        assert row["trained"] == 8 and row["held_out"] == 1 and len(row["scores"]) == 6
+        assert row["settings"]["seed"] == 1 and row["settings"]["data"] == grid["data"][0]
+        assert row["seconds"] > 0 and row["hardware"] and row["software"] and row["ended"]
+        assert len(row["teacher"]) == len(row["data_fingerprint"]) == 64
+
+
+def test_nothing_but_rows_and_tables_is_left_unless_asked_for(finished):
+    left = {path.name for path in finished.iterdir()}
+    assert left == {"rows.jsonl", "table.csv", "table.md", "locks", "models"}
+    assert not list((finished / "models").iterdir())
+
+
+def test_a_second_start_runs_only_what_is_new(finished, grid):
+    before = (finished / "rows.jsonl").read_text()
+    benchmark([grid | {"seed": [1, 2], "architecture": ["rd4ad"]}], finished)
+    after = (finished / "rows.jsonl").read_text()
+    assert after.startswith(before)
+    assert [row["settings"]["seed"] for row in read_rows(finished)] == [1, 1, 2]
+    # Left as it was for the tests around this one.
+    (finished / "rows.jsonl").write_text(before)
+
+
+def test_a_row_that_a_kill_has_torn_is_run_again(finished, grid, tmp_path):
+    lines = (finished / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text(f"{lines[0]}\n{lines[1][:50]}")
+    benchmark([grid], tmp_path)
+    old, new = read_rows(finished), read_rows(tmp_path)
+    assert [row["id"] for row in new] == [row["id"] for row in old]
+    # On the CPU in float32 a run repeats itself to the bit.
+    assert new[1]["scores"] == old[1]["scores"]
+
+
+def test_an_interrupted_run_is_gone_on_with(grid, tmp_path):
+    """Its checkpoint is there and finished, its bundle half written, its row missing."""
+    first = benchmark([grid | {"architecture": ["rd4ad"]}], tmp_path, keep=True)
+    (row,) = read_rows(tmp_path)
+    saved = tmp_path / "models" / row["id"] / "checkpoint" / "checkpoint.json"
+    seconds = json.loads(saved.read_text())["seconds"]
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "models" / row["id"] / "1" / "manifest.json").unlink()
+    again = benchmark([grid | {"architecture": ["rd4ad"]}], tmp_path, keep=True)
+    assert read_rows(tmp_path)[0]["scores"] == row["scores"]
+    assert read_rows(tmp_path)[0]["seconds"] == seconds == row["seconds"]
+    assert again == first
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(grid, tmp_path):
+    (settings,) = runs([grid | {"architecture": ["rd4ad"]}], tmp_path / "models")
+    (tmp_path / "locks").mkdir()
+    with (tmp_path / "locks" / settings.name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        benchmark([grid | {"architecture": ["rd4ad"]}], tmp_path)
+    assert not read_rows(tmp_path)
+
+
+def test_grids_are_multiplied_out_and_a_run_in_two_of_them_is_one(grid):
+    first = grid | {"architecture": ["rd4ad", "drd"], "seed": [1, 2]}
+    planned = list(runs([first, grid], Path("models")))
+    assert [(s.architecture, s.seed) for s in planned] == [
+        *(("rd4ad", 1), ("rd4ad", 2), ("drd", 1), ("drd", 2), ("sk-rd4ad", 1))
+    ]
+    assert len({s.name for s in planned}) == 5
+
+
+def test_presets_come_first_and_what_a_plan_says_wins(grid):
+    plain = {k: v for k, v in grid.items() if k != "batch_size"}
+    (drd,) = runs([plain | {"architecture": ["drd"]}], Path("models"))
+    assert (drd.bottleneck, drd.batch_size, drd.refinement) == ("mfcf", 4, True)
+    assert method(drd) == "drd"
+    (changed,) = runs(
+        [plain | {"architecture": ["drd"], "skips": ["gated"], "refinement": [False]}],
+        Path("models"),
+    )
+    assert method(changed) == "drd, skips gated, refinement off"
+
+
+def test_a_runs_name_depends_on_what_can_change_its_result_alone(grid):
+    def name(**changes: object) -> str:
+        (settings,) = runs(
+            [grid | {"architecture": ["rd4ad"]} | {k: [v] for k, v in changes.items()}],
+            Path("models"),
+        )
+        return settings.name
+
+    assert name() == name(save_every=3) == name(feature_cache="off")
+    # Said or left to the default: the same run.
+    assert name() == name(lr=Settings.lr)
+    assert len({name(), name(seed=2), name(epochs=2), name(skips="sk"), name(data="x")}) == 5
+
+
+def test_tables_give_the_mean_over_seeds_and_its_standard_error(finished, tmp_path):
+    row = read_rows(finished)[0]
+    rows = [
+        row | {"id": f"run-{i}", "image_auroc": value, "aupro": None}
+        for i, value in enumerate((0.8, 0.9, 0.7))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    markdown = benchmark([], tmp_path)
+    assert "| rd4ad, batch size 4 | 3 | 0.800 ± 0.058 |" in markdown
+    (told,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    assert float(told["image_auroc"]) == pytest.approx(0.8)
+    assert float(told["image_auroc_standard_error"]) == pytest.approx(0.1 / 3**0.5)
+    assert told["seeds"] == "3" and told["aupro"] == ""
