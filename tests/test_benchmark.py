@@ -157,3 +157,29 @@ def test_tables_give_the_mean_over_seeds_and_its_standard_error(finished, tmp_pa
     assert float(told["image_auroc"]) == pytest.approx(0.8)
     assert float(told["image_auroc_standard_error"]) == pytest.approx(0.1 / 3**0.5)
     assert told["seeds"] == "3" and told["aupro"] == ""
+
+
+def test_several_data_sets_have_a_mean_of_the_methods_that_all_of_them_have(finished, tmp_path):
+    row = read_rows(finished)[0]
+    rows = [
+        row | {"data": place, "method": name, "image_auroc": value}
+        for place, name, value in [
+            *(("one", "a", 0.8), ("one", "a", 0.9), ("two", "a", 0.5), ("two", "a", 0.7)),
+            ("two", "b", 0.6),
+        ]
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    (mean,) = benchmark([], tmp_path).split("### ")[3:]
+    assert mean.startswith("Mean of the 2 tables")
+    # 0.85 ± 0.05 and 0.6 ± 0.1.
+    assert "| a | 2 | 0.725 ± 0.056 |" in mean and "| b |" not in mean
+
+
+def test_published_figures_stand_beside_those_of_the_same_category(finished, tmp_path):
+    row = read_rows(finished)[0]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"data": "pcb1"}))
+    published = benchmark([], tmp_path).split("### Published")[1]
+    assert "| VisA pcb1 | sk-rd4ad |  | 0.996 | 0.937 | best epoch on the test set" in published
+    assert "| VisA mean | sk-rd4ad |" in published and "MVTec" not in published
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert "Published" not in benchmark([], tmp_path)

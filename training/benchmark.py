@@ -286,25 +286,26 @@ def _csv(groups: dict[tuple[str, str, str], list[Row]]) -> str:
 
 def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     lines = []
-    tables: dict[tuple[str, str], list[tuple[str, list[Row]]]] = {}
+    tables: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for (where, told, name), rows in groups.items():
-        tables.setdefault((where, told), []).append((name, rows))
+        tables.setdefault((where, told), {})[name] = rows
     for (where, told), methods in sorted(tables.items()):
-        first = methods[0][1][0]
+        first = next(iter(methods.values()))[0]
         lines += [
             f"### {where}",
             "",
             f"{told}; {first['trained']} normal images trained on, {first['held_out']} held out, "
             f"{first['promised_rate']:.3g} false positives promised.",
             "",
-            "| method | seeds | " + " | ".join(METRICS.values()) + " |",
-            "|---|---|" + "---|" * len(METRICS),
+            *_table({name: [rows] for name, rows in methods.items()}),
         ]
-        for name, rows in methods:
-            cells = " | ".join(_cell(*_mean(rows, column)) for column in METRICS)
-            lines.append(f"| {name} | {len(rows)} | {cells} |")
-        lines.append("")
+    if len(tables) > 1:
+        shared = set.intersection(*(set(methods) for methods in tables.values()))
+        names = [name for name in next(iter(tables.values())) if name in shared]
+        means = {name: [methods[name] for methods in tables.values()] for name in names}
+        lines += [f"### Mean of the {len(tables)} tables", "", *_table(means)] if means else []
     rows = [row for group in groups.values() for row in group]
+    lines += _published({row["data"] for row in rows})
     lines += [
         "Mean over seeds ± its standard error; the last epoch of every run, nothing selected.",
         *(
@@ -316,6 +317,48 @@ def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def _table(methods: dict[str, list[list[Row]]]) -> list[str]:
+    """A line a method: over its rows, or the mean over several tables' rows."""
+    lines = ["| method | seeds | " + " | ".join(METRICS.values()) + " |"]
+    lines.append("|---|---|" + "---|" * len(METRICS))
+    for name, tables in methods.items():
+        cells = []
+        for column in METRICS:
+            means, errors = zip(*(_mean(rows, column) for rows in tables), strict=True)
+            if None in means:
+                cells.append("")
+                continue
+            error = None if None in errors else float(np.linalg.norm(errors)) / len(tables)
+            cells.append(_cell(float(np.mean(means)), error))
+        seeds = "/".join(str(n) for n in sorted({len(rows) for rows in tables}))
+        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _published(places: set[str]) -> list[str]:
+    """What others report of the same categories, and of their data sets' means."""
+    with (Path(__file__).parent / "published.csv").open() as file:
+        figures = list(csv.DictReader(file))
+    known = {f["data_set"] for f in figures if f["category"] in places or f["data_set"] in places}
+    chosen = [f for f in figures if f["data_set"] in known and f["category"] in places | {"mean"}]
+    if not chosen:
+        return []
+    return [
+        "### Published",
+        "",
+        "Under other protocols, so beside the tables above, not in them.",
+        "",
+        "| data | method | image AUROC | pixel AUROC | AUPRO | protocol | source |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {f['data_set']} {f['category']} | {f['method']} | {f['image_auroc']} | "
+            f"{f['pixel_auroc']} | {f['aupro']} | {f['protocol']} | {f['source']} |"
+            for f in chosen
+        ),
+        "",
+    ]
+
+
 def _mean(rows: list[Row], column: str) -> tuple[float | None, float | None]:
     """Mean over rows and its standard error, each None where it is not known."""
     values = [row[column] for row in rows if row.get(column) is not None]
@@ -325,8 +368,6 @@ def _mean(rows: list[Row], column: str) -> tuple[float | None, float | None]:
     return float(np.mean(values)), error
 
 
-def _cell(mean: float | None, error: float | None) -> str:
-    if mean is None:
-        return ""
+def _cell(mean: float, error: float | None) -> str:
     digits = 3 if abs(mean) < 2 else 1
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
