@@ -1,4 +1,4 @@
-"""Folders of pictures: which files count, what is held out, and what a mask says."""
+"""Pictures as arrays, what is held out, and what a mask says."""
 
 import logging
 
@@ -11,56 +11,6 @@ from training_fixtures import normal_picture, write_normal_pictures, write_pictu
 from service import image
 from training import data
 from training.errors import TrainingError
-
-
-def names(paths, root):
-    return [p.relative_to(root).as_posix() for p in paths]
-
-
-# Which files count
-
-
-def test_mvtecs_layout_trains_on_train_good_alone(tmp_path):
-    for name in ("train/good/b.png", "train/good/a.png", "train/bad/c.png", "test/good/d.png"):
-        write_picture(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
-    assert names(data.normal_images(tmp_path), tmp_path) == ["train/good/a.png", "train/good/b.png"]
-
-
-def test_any_other_folder_is_taken_whole_with_its_subfolders(tmp_path):
-    for name in ("one.png", "line 2/two.png", "line 2/tray/three.png"):
-        write_picture(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
-    expected = ["line 2/tray/three.png", "line 2/two.png", "one.png"]
-    assert names(data.normal_images(tmp_path), tmp_path) == expected
-
-
-def test_images_count_by_suffix_in_any_case_and_hidden_files_do_not(tmp_path):
-    yes = ["a.jpg", "b.JPEG", "c.png", "d.Bmp", "e.tif", "f.TIFF", "g.webp"]
-    no = [".a.jpg", "._c.png", "Thumbs.db", "notes.txt", "g.gif", "png", "h.png.json"]
-    for name in yes + no:
-        (tmp_path / name).write_bytes(b"whatever")
-    (tmp_path / "folder.png").mkdir()
-    assert names(data.find_images(tmp_path), tmp_path) == sorted(yes)
-
-
-@pytest.mark.parametrize(
-    "made, message",
-    [
-        (None, "no such folder"),
-        ("data/notes/readme.txt", "data: no images"),
-        ("data/train/bad/a.png", r"train/good: no images"),
-        ("data/train/good/readme.txt", r"train/good: no images"),
-        ("data/test/good/a.png", "no train/good"),
-        ("data/ground_truth/hole/a.png", "no train/good"),
-    ],
-)
-def test_a_folder_without_normal_images_is_an_error_that_names_it(tmp_path, made, message):
-    if made:
-        (tmp_path / made).parent.mkdir(parents=True)
-        (tmp_path / made).write_bytes(b"")
-    with pytest.raises(TrainingError, match=message) as caught:
-        data.normal_images(tmp_path / "data")
-    assert str(tmp_path / "data") in str(caught.value)
-
 
 # Loading
 
@@ -135,53 +85,34 @@ def test_too_few_images_to_train_and_calibrate_are_refused(count):
         data.hold_out(count, 0)
 
 
+def test_groups_stay_together_and_are_chosen_by_seed_from_everywhere():
+    groups = [f"part {i // 7}" for i in range(210)]
+    chosen = []
+    for seed in range(30):
+        trained, held_out = data.hold_out(210, seed, groups)
+        assert sorted(trained + held_out) == list(range(210))
+        assert 32 <= len(held_out) < 32 + 7
+        assert not {groups[i] for i in trained} & {groups[i] for i in held_out}
+        chosen.append(frozenset(groups[i] for i in held_out))
+    assert data.hold_out(210, 3, groups) == data.hold_out(210, 3, groups)
+    assert len(set(chosen)) == 30 and len(frozenset.union(*chosen)) == 30
+
+
+def test_groups_of_one_are_no_groups():
+    assert data.hold_out(50, 4, [f"{i:03}" for i in range(50)]) == data.hold_out(50, 4)
+
+
+def test_one_group_for_all_leaves_nothing_to_train_on_and_is_refused():
+    with pytest.raises(TrainingError, match="20 normal images in 1 groups: .* leaves 0 to train"):
+        data.hold_out(20, 0, ["same"] * 20)
+
+
 def test_a_fingerprint_is_of_the_set_of_files():
     assert data.fingerprint(["a", "b"]) == data.fingerprint(["b", "a"])
     assert data.fingerprint(["a", "b"]) != data.fingerprint(["a"]) != data.fingerprint(["ab"])
 
 
-# Test images and masks
-
-
-def labelled(root, *names):
-    for name in names:
-        write_picture(root / name, np.zeros((8, 8, 3), np.uint8))
-
-
-def test_test_images_are_labelled_by_folder_and_find_their_masks(tmp_path):
-    labelled(
-        tmp_path,
-        "test/good/000.png",
-        "test/hole/000.png",
-        "test/hole/001.jpg",
-        "test/hole/002.bmp",
-        "test/scratch/000.png",
-        "ground_truth/hole/000_mask.png",
-        "ground_truth/hole/001.png",
-        "ground_truth/hole/002.bmp",
-        "ground_truth/good/000.png",
-    )
-    found = {t.path.relative_to(tmp_path).as_posix(): t for t in data.test_images(tmp_path)}
-    assert list(found) == sorted(found) and len(found) == 5
-    masks = {n: t.mask and t.mask.relative_to(tmp_path).as_posix() for n, t in found.items()}
-    assert masks == {
-        "test/good/000.png": None,
-        "test/hole/000.png": "ground_truth/hole/000_mask.png",
-        "test/hole/001.jpg": "ground_truth/hole/001.png",
-        "test/hole/002.bmp": "ground_truth/hole/002.bmp",
-        "test/scratch/000.png": None,
-    }
-    assert [t.kind for t in found.values()] == ["good", "hole", "hole", "hole", "scratch"]
-    assert [t.anomalous for t in found.values()] == [False, True, True, True, True]
-
-
-@pytest.mark.parametrize(
-    "made", [["train/good/a.png"], ["test/good/a.png"], ["test/hole/a.png"], ["test/a.png"]]
-)
-def test_a_test_folder_needs_normal_and_anomalous_images(tmp_path, made):
-    labelled(tmp_path, *made)
-    with pytest.raises(TrainingError, match="test/good"):
-        data.test_images(tmp_path)
+# Masks
 
 
 def read(tmp_path, mask: np.ndarray, size: tuple[int, int]):

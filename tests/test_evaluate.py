@@ -1,6 +1,8 @@
 """Evaluation of a bundle whose answers are known: its map is the picture's brightness."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from conftest import SIZE, picture
 from scipy.stats import beta
 from training_fixtures import write_picture
 
+from service.image import digest
 from training.__main__ import main
 from training.errors import TrainingError
 from training.evaluate import Rate, evaluate, table
@@ -174,7 +177,65 @@ def test_a_folder_without_test_images_is_refused(write_bundle, tmp_path, capsys)
     argv = ["evaluate", "--bundle", str(folder), "--data", str(tmp_path / "plain")]
     assert main(argv) == 1
     error = capsys.readouterr().err
-    assert "plain/test: no such folder" in error and "Traceback" not in error
+    assert (
+        "plain: needs labelled test images: test/good and test/<defect>" in error
+        and "Traceback" not in error
+    )
+
+
+def test_a_category_is_chosen_by_flag_or_is_the_bundles_own(
+    labelled, write_bundle, tmp_path, capsys
+):
+    folder = write_bundle().folder
+    shutil.move(labelled, tmp_path / "set" / "bottle")
+    shutil.copytree(tmp_path / "set" / "bottle", tmp_path / "set" / "cable")
+    root = tmp_path / "set"
+    with pytest.raises(TrainingError, match="needs --category; it holds bottle, cable"):
+        evaluate(folder, root, device="cpu")
+    argv = ["evaluate", "--bundle", str(folder), "--data", str(root), "--device", "cpu"]
+    assert main([*argv, "--category", "cable"]) == 0
+    report = evaluate(folder, root, layout="mvtec", category="cable", device="cpu")
+    assert report.images == 9 and all(name.startswith("cable/test/") for name in report.scores)
+
+    record_training(folder, layout="auto", category="bottle")
+    report = evaluate(folder, root, device="cpu")
+    assert all(name.startswith("bottle/test/") for name in report.scores)
+    assert evaluate(folder, root / "cable", device="cpu").images == 9  # other data than its own
+    capsys.readouterr()
+
+
+def record_training(folder: Path, **settings: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["training"] |= settings
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_split_that_the_reader_draws_is_the_one_that_was_trained_on(tmp_path, write_bundle):
+    folder, root = write_bundle().folder, tmp_path / "tiles"
+    for frame in range(20):  # ten tiles of two exposures
+        name = f"exp{1 + frame % 2}_num_{1000 * (frame // 2) + frame % 2}.jpg"
+        write_picture(root / "MT_Free/Imgs" / name, picture(0.1))
+    write_picture(root / "MT_Crack/Imgs/exp1_num_7.jpg", spot(0.9))
+    by_tile = evaluate(folder, root, device="cpu")
+    record_training(folder, layout="mtd-random")
+    as_trained = evaluate(folder, root, device="cpu")
+    assert len(as_trained.scores) == len(by_tile.scores) == 5
+    assert as_trained.scores.keys() != by_tile.scores.keys()
+    asked = evaluate(folder, root, layout="mtd", device="cpu")
+    assert asked.scores.keys() == by_tile.scores.keys()
+
+
+def test_test_images_that_were_trained_on_or_held_out_are_warned_of(labelled, write_bundle, caplog):
+    folder = write_bundle().folder
+    evaluate(folder, labelled, device="cpu")
+    assert "flatter" not in caplog.text
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digests = [digest((labelled / f"test/good/{i}.png").read_bytes()) for i in range(3)]
+    manifest["data"]["trained"] = digests[:2]
+    manifest["data"]["held_out"][0]["sha256"] = digests[2]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    evaluate(folder, labelled, device="cpu")
+    assert "3 test images were trained on or held out: the figures flatter" in caplog.text
 
 
 def test_a_bundle_whose_graph_was_changed_is_refused(labelled, write_bundle, capsys):

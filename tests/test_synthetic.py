@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from training import data, synthetic
+from training import datasets, synthetic
 from training.errors import TrainingError
 
 SIZE = 128
@@ -70,8 +70,9 @@ def test_an_unknown_defect_is_refused_by_name():
 def test_a_data_set_has_the_layout_that_training_reads(tmp_path):
     folder = tmp_path / "flange"
     synthetic.write_dataset(folder, train=3, test_normal=2, test_per_defect=1, size=64)
-    assert [p.name for p in data.normal_images(folder)] == ["000.png", "001.png", "002.png"]
-    tests = data.test_images(folder)
+    category = datasets.read(folder)
+    assert [p.name for p in category.to_train_on()] == ["000.png", "001.png", "002.png"]
+    tests = category.to_test_on()
     kinds = [t.kind for t in tests]
     assert kinds == sorted(["good", "good", *synthetic.DEFECTS])
     for test in tests:

@@ -246,6 +246,9 @@ def test_signals_work_as_before_after_a_run(settings):
         ("--embedding-planes", "64", f"embedding_planes 64 contradicts the run's {PLANES}"),
         ("--image-size", "96", "image_size (96, 96) contradicts the run's (64, 96)"),
         ("--teacher-weights", "hub", "teacher_weights hub contradicts the run's "),
+        ("--layout", "folder", "layout folder contradicts the run's auto"),
+        ("--category", "a", "category a contradicts the run's "),
+        ("--group", "(.)", "group (.) contradicts the run's "),
     ],
 )
 def test_resume_refuses_a_setting_that_contradicts_the_run(tmp_path, capsys, flag, value, says):
@@ -363,6 +366,55 @@ def test_copies_of_a_file_are_left_out(settings):
     names = [*run.trained, *run.held_out]
     assert sorted(names) == [f"{i:03}.png" for i in range(8)]
     assert len({*run.trained.values(), *run.held_out.values()}) == 8
+
+
+def test_a_category_is_recorded_and_resumed_among_others(settings, tmp_path):
+    for name in ("bottle", "cable"):
+        shutil.copytree(settings.data, tmp_path / "set" / name / "train" / "good")
+    shutil.copytree(settings.data, tmp_path / "set" / "bottle" / "train" / "bad")
+    chosen = ["--layout", "mvtec", "--category", "bottle"]
+    several = replace(settings, data=str(tmp_path / "set"))
+    assert main(arguments(several)) == 1
+    assert main(arguments(several, *chosen)) == 0
+    run = checkpoints.read(several.folder)
+    assert (run.settings.layout, run.settings.category) == ("mvtec", "bottle")
+    expected = {f"bottle/train/good/{i:03}.png" for i in range(8)}
+    assert run.trained.keys() | run.held_out.keys() == expected
+    assert main(arguments(replace(several, epochs=2), "--resume")) == 0
+    assert checkpoints.read(several.folder).finished
+
+
+def test_pictures_of_a_group_are_held_out_together(settings):
+    """Four parts, two shots each: 15 % of 8 is one picture, and its other shot goes with it."""
+    for path in sorted(Path(settings.data).iterdir()):
+        path.rename(path.with_name(f"part{int(path.stem) % 4}_{path.name}"))
+    assert main(arguments(settings, "--group", r"(part\d)_")) == 0
+    run = checkpoints.read(settings.folder)
+    assert run.settings.group == r"(part\d)_"
+    assert len(run.held_out) == 2 and len({name[:5] for name in run.held_out}) == 1
+    assert not {name[:5] for name in run.held_out} & {name[:5] for name in run.trained}
+
+
+def test_the_exposures_of_a_tile_are_held_out_together_without_being_told(settings):
+    data = Path(settings.data)
+    write_normal_pictures(data, 10)
+    (data / "MT_Free/Imgs").mkdir(parents=True)
+    for i, path in enumerate(sorted(data.glob("*.png"))):  # five tiles of two exposures
+        picture = normal_picture(np.random.default_rng(i))
+        name = f"exp{1 + i % 2}_num_{1000 * (i // 2) + i}.jpg"
+        write_picture(data / "MT_Free/Imgs" / name, picture)
+        path.unlink()
+    run = train(replace(settings, layout="mtd"))
+    tiles = [{name.split("_num_")[1][:-7] for name in side} for side in (run.trained, run.held_out)]
+    assert len(run.trained) == 6 and len(run.held_out) == 2
+    assert not tiles[0] & tiles[1]
+
+
+def test_a_wrong_teacher_is_told_before_any_image_is_read(settings):
+    for path in Path(settings.data).iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(TrainingError, match=r"no-such\.safetensors"):
+        train(replace(settings, teacher_weights="no-such.safetensors"))
 
 
 def test_an_unreadable_image_is_skipped_or_an_error_under_strict(settings):

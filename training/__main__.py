@@ -15,6 +15,7 @@ from training.errors import TrainingError
 from training.settings import (
     ARCHITECTURES,
     BACKBONES,
+    LAYOUTS,
     Bottleneck,
     FeatureCache,
     Loss,
@@ -52,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flags of every command that reads a data set."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help=what)
+    add("--category", metavar="NAME", help="which one, where DIR holds several")
+    add("--layout", choices=LAYOUTS, help="how DIR is laid out (default: found by its folders)")
+
+
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
@@ -62,7 +71,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     default = {field.name: field.default for field in fields(Settings)}
     add = parser.add_argument
-    add("--data", required=True, help="MVTec layout, or any folder of normal images")
+    _add_data(parser, "a data set, or any folder of normal images")
+    add("--group", metavar="REGEX", help="images whose path's first match is equal stay together")
     add("--name", required=True, help="the model's name: a product or a view")
     add("--models", help="folder of all models (default: models)")
     add("--architecture", choices=ARCHITECTURES, help="default: sk-rd4ad")
@@ -134,6 +144,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _settings(given: dict[str, object], resume: bool) -> Settings:
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])  # type: ignore[arg-type]
+    given["data"] = str(given["data"])
     asked = Settings(**given)  # type: ignore[arg-type]
     if not resume:
         return replace(asked, **ARCHITECTURES[asked.architecture] | given)
@@ -238,11 +249,12 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = commands.add_parser(
         "evaluate",
         help="bundle + labelled images -> metrics",
-        description="Score DATA/test (MVTec layout) through the serving code.",
+        description="Score a data set's test images through the serving code. Without --category "
+        "and --layout they are read as the bundle's own data were.",
     )
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder with test/good, test/...")
+    _add_data(parser, "a data set with labelled test images")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--json", type=Path, metavar="FILE", help="write everything here as well")
     add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
@@ -253,7 +265,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from training.evaluate import evaluate, table
 
     report = evaluate(
-        arguments.bundle, arguments.data, device=arguments.device, strict=arguments.strict
+        arguments.bundle,
+        arguments.data,
+        layout=arguments.layout,
+        category=arguments.category,
+        device=arguments.device,
+        strict=arguments.strict,
     )
     print(table(report))
     _write_json(arguments.json, report.as_dict())
@@ -269,7 +286,7 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
-    add("--data", type=Path, required=True, metavar="DIR", help="the data it was trained on")
+    _add_data(parser, "the data it was trained on")
     add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
@@ -283,6 +300,8 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     result = rehearsal.rehearse(
         arguments.bundle,
         arguments.data,
+        layout=arguments.layout,
+        category=arguments.category,
         target_fpr=arguments.target_fpr,
         device=arguments.device,
         pictures=arguments.pictures,

@@ -1,8 +1,9 @@
-"""Folders of pictures -> arrays at the model's size, through the service's own decoding."""
+"""Pictures and masks -> arrays at the model's size, through the service's own decoding."""
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,76 +17,6 @@ from training.errors import TrainingError
 from training.progress import progress
 
 log = logging.getLogger(__name__)
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, by path."""
-    return sorted(p for p in folder.rglob("*") if image.is_image_name(p) and p.is_file())
-
-
-def normal_images(data: Path) -> list[Path]:
-    """The normal images to train on: `train/good` of the MVTec layout, else all below `data`.
-
-    Other folders of `train/` are left alone: VAD has defects there. Raises TrainingError where
-    there are no normal images.
-    """
-    if not data.is_dir():
-        raise TrainingError(f"data folder {data}: no such folder")
-    if (data / "train").is_dir():
-        folder = data / "train" / "good"
-    elif (data / "test").is_dir() or (data / "ground_truth").is_dir():
-        raise TrainingError(f"{data} has test images but no train/good to train on")
-    else:
-        folder = data
-    paths = find_images(folder) if folder.is_dir() else []
-    if not paths:
-        raise TrainingError(f"{folder}: no images ({', '.join(image.SUFFIXES)})")
-    return paths
-
-
-@dataclass(frozen=True)
-class TestImage:
-    """One labelled image; `mask` is None for normal images and where no mask file exists."""
-
-    __test__ = False  # not a test case, whatever pytest makes of the name
-
-    path: Path
-    kind: str  # "good" or the defect's folder name
-    mask: Path | None
-
-    @property
-    def anomalous(self) -> bool:
-        return self.kind != "good"
-
-
-def test_images(data: Path) -> list[TestImage]:
-    """The labelled test images of a folder in MVTec layout.
-
-    Raises TrainingError where there is no `test/` with normal and anomalous images.
-    """
-    root = data / "test"
-    if not root.is_dir():
-        raise TrainingError(f"{root}: no such folder; expected test/good and test/<defect>")
-    found = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        for path in find_images(folder):
-            mask = _mask_of(data, folder.name, path) if folder.name != "good" else None
-            found.append(TestImage(path, folder.name, mask))
-    if not any(t.anomalous for t in found) or all(t.anomalous for t in found):
-        raise TrainingError(f"{root}: needs images in test/good and in at least one test/<defect>")
-    return found
-
-
-test_images.__test__ = False  # type: ignore[attr-defined]
-
-
-def _mask_of(data: Path, kind: str, path: Path) -> Path | None:
-    folder = data / "ground_truth" / kind
-    for stem in (f"{path.stem}_mask", path.stem):
-        for suffix in (".png", ".bmp", ".tif", ".tiff", path.suffix):
-            if (folder / f"{stem}{suffix}").is_file():
-                return folder / f"{stem}{suffix}"
-    return None
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,19 +84,36 @@ def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -
     return Images(list(kept), np.stack(pixels), list(digests), failed)
 
 
-def hold_out(count: int, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(
+    count: int, seed: int, groups: Sequence[Hashable] | None = None
+) -> tuple[list[int], list[int]]:
     """(indices to train on, indices held out) of `count` normal images, chosen by seed.
 
     15 % are held out; at least 20 of 100 or more, so that a 5 % false-positive rate can be
-    promised. Raises TrainingError where fewer than 2 images would be left to train on.
+    promised. Images of one group (by index, in order of appearance) stay together, so a few more
+    may be held out. Raises TrainingError where fewer than 2 images would be left to train on.
     """
     held = max(1, round(0.15 * count))
     if count >= 100:
         held = max(held, 20)
     if count - held < 2:
         raise TrainingError(f"{count} normal images are too few: at least 3 are needed")
-    order = np.random.default_rng(seed).permutation(count)
-    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
+    members: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for index in range(count):
+        members[index if groups is None else groups[index]].append(index)
+    names = list(members)
+    held_out: list[int] = []
+    for chosen in np.random.default_rng(seed).permutation(len(names)):
+        if len(held_out) >= held:
+            break
+        held_out += members[names[chosen]]
+    trained = sorted(set(range(count)) - set(held_out))
+    if len(trained) < 2:
+        raise TrainingError(
+            f"{count} normal images in {len(names)} groups: holding {held} or more of them out in "
+            f"whole groups leaves {len(trained)} to train on, and 2 are needed"
+        )
+    return trained, sorted(held_out)
 
 
 def fingerprint(digests: Iterable[str]) -> str:

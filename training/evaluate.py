@@ -1,5 +1,6 @@
-"""A bundle, through the serving code, on a labelled folder in MVTec layout."""
+"""A bundle, through the serving code, on labelled images."""
 
+import logging
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from scipy.stats import binomtest
 from service.bundle import Bundle
 from service.calibration import decide
 from service.detector import Detector, Device, Prediction
-from training import data
-from training.data import TestImage
+from training import data, datasets
+from training.datasets import TestImage
 from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
 from training.progress import progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,24 @@ class Report:
         return record
 
 
-def evaluate(folder: Path, root: Path, *, device: Device = "auto", strict: bool = False) -> Report:
-    """Metrics of the bundle in `folder` on the test images of `root`.
+def evaluate(
+    folder: Path,
+    root: Path,
+    *,
+    layout: str | None = None,
+    category: str | None = None,
+    device: Device = "auto",
+    strict: bool = False,
+) -> Report:
+    """Metrics of the bundle in `folder` on the test images of `root`, found by `labelled_images`.
 
     Raises TrainingError for a folder without labelled images, and BundleError.
     """
     bundle = Bundle(folder)
-    tests = data.test_images(root)
+    tests = labelled_images(bundle, root, layout, category)
     size = bundle.manifest.image_size
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
+    _warn_of_known(bundle, loaded)
     by_path = {t.path: t for t in tests}
     tests = [by_path[path] for path in loaded.paths]
     detector = Detector(bundle.read_graph(), size, device)
@@ -119,6 +131,30 @@ def evaluate(folder: Path, root: Path, *, device: Device = "auto", strict: bool 
             str(t.path.relative_to(root)): float(s) for t, s in zip(tests, scores, strict=True)
         },
     )
+
+
+def labelled_images(
+    bundle: Bundle, root: Path, layout: str | None, category: str | None
+) -> list[TestImage]:
+    """The labelled images of `root`.
+
+    Where neither layout nor category is given, they are those that the bundle was trained with if
+    `root` has them: otherwise a split that the reader draws could bring trained images here.
+    """
+    if layout is None and category is None:
+        trained = bundle.manifest.training
+        layout, category = str(trained.get("layout", "auto")), str(trained.get("category", ""))
+        if category not in datasets.categories(root, layout):
+            layout, category = "auto", ""
+    return datasets.read(root, layout or "auto", category or "").to_test_on()
+
+
+def _warn_of_known(bundle: Bundle, loaded: data.Images) -> None:
+    record = bundle.manifest.data
+    known = {*record.trained, *(image.sha256 for image in record.held_out)}
+    count = sum(digest in known for digest in loaded.digests)
+    if count:
+        log.warning("%d test images were trained on or held out: the figures flatter", count)
 
 
 @dataclass(frozen=True)

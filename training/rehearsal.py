@@ -23,10 +23,9 @@ from service import image
 from service.bundle import Bundle, HeldOutImage
 from service.calibration import default_target_fpr
 from service.detector import Device
-from training import data
-from training.data import TestImage
+from training.datasets import TestImage
 from training.errors import TrainingError
-from training.evaluate import Report, ScoreReport, evaluate, score_report
+from training.evaluate import Report, ScoreReport, evaluate, labelled_images, score_report
 from training.progress import progress
 
 CLIENTS = 8
@@ -61,6 +60,8 @@ def rehearse(
     folder: Path,
     root: Path,
     *,
+    layout: str | None = None,
+    category: str | None = None,
     target_fpr: float | None = None,
     device: Device = "auto",
     pictures: Path | None = None,
@@ -71,12 +72,14 @@ def rehearse(
     service doesn't start, refuses an image that `evaluate` could read, or ranks the images
     differently: image AUROC must agree to AUROC_LIMIT.
     """
-    evaluation = evaluate(folder, root, device=device)
+    evaluation = evaluate(folder, root, layout=layout, category=category, device=device)
     bundle = Bundle(folder)
     held_out = [_held_out(root, one) for one in bundle.manifest.data.held_out]
     target = target_fpr or default_target_fpr(len(held_out))
     tests = [
-        t for t in data.test_images(root) if str(t.path.relative_to(root)) in evaluation.scores
+        t
+        for t in labelled_images(bundle, root, layout, category)
+        if str(t.path.relative_to(root)) in evaluation.scores
     ]
     with serving(folder, device) as client:
         calibration = _calibrate(client, held_out, target)

@@ -52,12 +52,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+# How a data set's folders are laid out: keys of `datasets.LAYOUTS`, and what finds out.
+LAYOUTS = ("auto", "mvtec", "visa", "btad", "vad", "mtd", "mtd-random", "folder")
+
+
 @dataclass(frozen=True)
 class Settings:
     """One training run; the defaults are SK-RD4AD's published ones."""
 
     data: str
     name: str
+    layout: str = "auto"
+    category: str = ""  # where `data` holds several
+    group: str = ""  # regular expression: normal images that share its match stay together
     models: str = "models"
     architecture: str = "sk-rd4ad"
     skips: Skips = "sk"

@@ -17,7 +17,7 @@ import torch
 from service import image
 from service.bundle import NAME_PATTERN
 from training import checkpoint as checkpoints
-from training import data
+from training import data, datasets
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.features import TeacherFeatures, teacher_features
@@ -36,18 +36,13 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     """
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
-    images, run = _resume(settings) if resume else _start(settings, overwrite)
-    settings = run.settings
-
     torch.manual_seed(settings.seed)
     model = from_settings(settings)
+    images, run = _resume(settings) if resume else _start(settings, overwrite, model)
+    settings = run.settings
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
     else:
-        run.settings = replace(settings, embedding_planes=model.embedding_planes)
-        run.teacher = load_teacher(
-            model.teacher, settings.backbone, settings.teacher_weights, settings.teacher_licence
-        )
         checkpoints.save_teacher(settings.folder, model)
     model.to(device).to(memory_format=torch.channels_last).train()
     trainable = [*model.bottleneck.parameters(), *model.decoder.parameters()]
@@ -153,8 +148,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return precision
 
 
-def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]:
-    """Pixels of the images to train on, and a run at step 0."""
+def _start(
+    settings: Settings, overwrite: bool, model: ReverseDistillation
+) -> tuple[np.ndarray, Checkpoint]:
+    """Pixels of the images to train on, and a run at step 0 whose teacher is in `model`."""
     if (settings.folder / "checkpoint.json").exists() and not overwrite:
         raise TrainingError(
             f"{settings.folder} holds a run already: --resume goes on with it, "
@@ -163,7 +160,12 @@ def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]
     if not re.fullmatch(NAME_PATTERN, settings.name):
         raise TrainingError(f"--name {settings.name}: must match {NAME_PATTERN}, as export needs")
     root = Path(settings.data)
-    paths = data.normal_images(root)
+    category = datasets.read(root, settings.layout, settings.category)
+    paths, groups = category.to_train_on(), category.groups(settings.group)
+    # Before the images, which take minutes to read: a wrong file should be told at once.
+    teacher = load_teacher(
+        model.teacher, settings.backbone, settings.teacher_weights, settings.teacher_licence
+    )
     loaded = data.load(paths, settings.image_size, strict=settings.strict, what="normal images")
     names = [str(path.relative_to(root)) for path in loaded.paths]
     # A copy of a trained image among the held-out ones would break the promised rate; copies are
@@ -172,16 +174,22 @@ def _start(settings: Settings, overwrite: bool) -> tuple[np.ndarray, Checkpoint]
     kept = sorted({digest: index for index, digest in reversed(list(enumerate(pixels)))}.values())
     if len(kept) < len(names):
         log.warning("left out %d copies of other pictures", len(names) - len(kept))
-    trained, held_out = data.hold_out(len(kept), settings.seed)
+    together = [groups[loaded.paths[index]] for index in kept] if groups else None
+    trained, held_out = data.hold_out(len(kept), settings.seed, together)
     run = Checkpoint(
-        settings=settings,
-        teacher=None,  # type: ignore[arg-type]  # known once the model has been built
+        settings=replace(settings, embedding_planes=model.embedding_planes),
+        teacher=teacher,
         trained={names[kept[i]]: loaded.digests[kept[i]] for i in trained},
         held_out={names[kept[i]]: loaded.digests[kept[i]] for i in held_out},
         data_fingerprint=data.fingerprint(loaded.digests[index] for index in kept),
         steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
     )
-    log.info("training on %d normal images, %d held out", len(trained), len(held_out))
+    log.info(
+        "training on %d normal images, %d held out%s",
+        len(trained),
+        len(held_out),
+        f", of {len(set(together))} groups" if together else "",
+    )
     return loaded.pixels[[kept[i] for i in trained]], run
 
 
