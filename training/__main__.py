@@ -12,6 +12,7 @@ from typing import get_args
 
 from service.errors import ServiceError
 from training.errors import TrainingError
+from training.fetch import DATA_SETS
 from training.settings import (
     ARCHITECTURES,
     BACKBONES,
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_rehearse(commands)
     _add_synthetic(commands)
+    _add_fetch_data(commands)
     return parser
 
 
@@ -343,6 +345,47 @@ def _synthetic(arguments: argparse.Namespace) -> int:
     )
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _add_fetch_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "fetch-data",
+        help="download a public data set",
+        description="Download, check and unpack a public data set, after its licence was accepted.",
+    )
+    add = parser.add_argument
+    add("data_set", choices=DATA_SETS, metavar="NAME", help=", ".join(DATA_SETS))
+    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--url", help="take the same archive from here: http(s):// or file://")
+    add("--yes", action="store_true", help="accept the licence without being asked")
+    parser.set_defaults(command=_fetch_data)
+
+
+def _fetch_data(arguments: argparse.Namespace) -> int:
+    from training import datasets, fetch
+
+    data_set, out = DATA_SETS[arguments.data_set], arguments.out
+    fetch.check_empty(out)
+    print(f"{data_set.title}\nfrom {arguments.url or data_set.url}\nlicence: {data_set.licence}")
+    if not arguments.yes:
+        _accept_licence()
+    fetch.fetch(data_set, out, arguments.url)
+    # Some archives hold the data set's folders, others one folder around them.
+    folders = [out, *sorted(folder for folder in out.iterdir() if folder.is_dir())]
+    found = {folder: datasets.categories(folder, data_set.layout) for folder in folders}
+    folder = next((folder for folder in folders if found[folder]), out)
+    category = f" --category {'|'.join(found[folder])}" if len(found[folder]) > 1 else ""
+    print(f"wrote {out}; read it with --data {folder} --layout {data_set.layout}{category}")
+    return 0
+
+
+def _accept_licence() -> None:
+    try:
+        answer = input("Accept this licence and download? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise TrainingError("the licence was not accepted (y, or --yes): nothing was downloaded")
 
 
 def _write_json(path: Path | None, record: dict[str, object]) -> None:

@@ -13,16 +13,22 @@ LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{pos
 
 
 def progress(
-    over: Iterable[Any] | None = None, *, total: int, description: str, initial: int = 0
+    over: Iterable[Any] | None = None,
+    *,
+    total: int | None,
+    description: str,
+    initial: int = 0,
+    unit: str = "image",
 ) -> Progress:
-    """A bar over images on stderr, with images/s and the time left."""
+    """A bar on stderr, over images or bytes ("B"), with how many a second and the time left."""
     terminal = sys.stderr.isatty()
     bar: Progress = tqdm(
         over,
         total=total,
         initial=initial,
         desc=description,
-        unit="image",
+        unit=unit,
+        unit_scale=unit == "B",
         mininterval=0.1 if terminal else LOG_INTERVAL_S,
         bar_format=None if terminal else LOG_FORMAT,
     )
