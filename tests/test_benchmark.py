@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from training_fixtures import IMAGE_SIZE, PLANES, normal_picture, write_picture, write_teacher
 
+from training.__main__ import main
 from training.benchmark import benchmark, method, read_rows, runs
+from training.errors import TrainingError
+from training.flags import read_plan
 from training.settings import Settings
 
 
@@ -183,3 +186,69 @@ def test_published_figures_stand_beside_those_of_the_same_category(finished, tmp
     assert "| VisA mean | sk-rd4ad |" in published and "MVTec" not in published
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     assert "Published" not in benchmark([], tmp_path)
+
+
+def test_a_plan_has_grids_that_share_what_stands_at_its_top_and_flags_win(tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'seed = [1, 2]\nbackbone = "resnet18"\n[[grid]]\ndata = "one"\nimage_size = [64, "64x96"]\n'
+        '[[grid]]\ndata = ["two", "three"]\nrefinement = [true, false]\nepochs = 3\n'
+    )
+    first, second = read_plan(plan, {"epochs": [7]})
+    assert first == {
+        "seed": [1, 2],
+        "backbone": ["resnet18"],
+        "data": ["one"],
+        "image_size": [(64, 64), (64, 96)],
+        "epochs": [7],
+    }
+    assert second["refinement"] == [True, False] and second["epochs"] == [7]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("seed = ", "plan.toml: Expected|plan.toml: Invalid"),
+        ("grid = 3", r"write \[\[grid\]\]"),
+        ("image_size = 100", "--image-size 100: must be a multiple of 32"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(TrainingError, match=words):
+        read_plan(tmp_path / "plan.toml", {})
+    with pytest.raises(TrainingError, match="none.toml: .*No such file"):
+        read_plan(tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("colour = 1", "--colour"), ('skips = "most"', "most"), ("epochs = 0", "at least 1")],
+)
+def test_what_no_flag_accepts_no_plan_does(tmp_path, capsys, text, words):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(SystemExit):
+        read_plan(tmp_path / "plan.toml", {})
+    error = capsys.readouterr().err
+    assert words in error and "plan.toml" in error
+
+
+def test_the_command_line_spans_a_grid_and_all_categories_of_a_set(grid, tmp_path, capsys):
+    """Both categories are the same pictures: two rows, told apart by their category."""
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in ("left", "right"):
+        (root / name).symlink_to(grid["data"][0])
+    words = ["benchmark", "--out", str(tmp_path / "out"), "--data", str(root), "--category", "all"]
+    words += ["--backbone", "resnet18", "--teacher-weights", str(grid["teacher_weights"][0])]
+    words += ["--image-size", "64x96", "--epochs", "1", "--batch-size", "4", "--refinement", "on"]
+    words += ["--embedding-planes", str(PLANES), "--device", "cpu"]
+    assert main(words) == 0
+    assert [row["data"] for row in read_rows(tmp_path / "out")] == ["left", "right"]
+    printed = capsys.readouterr().out
+    assert "### left" in printed and "| sk-rd4ad, refinement on, batch size 4 | 1 |" in printed
+
+
+def test_a_benchmark_without_data_is_refused(tmp_path, capsys):
+    assert main(["benchmark", "--out", str(tmp_path), "--seed", "1"]) == 1
+    assert "needs --data" in capsys.readouterr().err

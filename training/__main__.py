@@ -5,24 +5,22 @@ import json
 import logging
 import signal
 import sys
-from argparse import BooleanOptionalAction
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from service.errors import ServiceError
 from training.errors import TrainingError
 from training.fetch import DATA_SETS
-from training.settings import (
-    ARCHITECTURES,
-    BACKBONES,
-    LAYOUTS,
-    Bottleneck,
-    FeatureCache,
-    Loss,
-    Settings,
-    Skips,
+from training.flags import (
+    add_axes,
+    add_data,
+    add_settings,
+    image_size,
+    natural,
+    positive,
+    read_plan,
 )
+from training.settings import ARCHITECTURES, Settings
 
 INTERRUPTED = 130
 
@@ -50,17 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_evaluate(commands)
     _add_rehearse(commands)
+    _add_benchmark(commands)
     _add_synthetic(commands)
     _add_fetch_data(commands)
     return parser
-
-
-def _add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    """The flags of every command that reads a data set."""
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help=what)
-    add("--category", metavar="NAME", help="which one, where DIR holds several")
-    add("--layout", choices=LAYOUTS, help="how DIR is laid out (default: found by its folders)")
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,52 +62,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         # Only flags that were given appear, so that --resume can tell them from defaults.
         argument_default=argparse.SUPPRESS,
     )
-    default = {field.name: field.default for field in fields(Settings)}
+    add_settings(parser)
     add = parser.add_argument
-    _add_data(parser, "a data set, or any folder of normal images")
-    add("--group", metavar="REGEX", help="images whose path's first match is equal stay together")
-    add("--name", required=True, help="the model's name: a product or a view")
-    add("--models", help="folder of all models (default: models)")
-    add("--architecture", choices=ARCHITECTURES, help="default: sk-rd4ad")
-    add("--skips", choices=get_args(Skips), help="default: the architecture's")
-    add("--bottleneck", choices=get_args(Bottleneck), help="default: the architecture's")
-    add("--loss", choices=get_args(Loss), help="default: the architecture's")
-    add("--consistency-rate", type=rate, metavar="RATE", help="default: the architecture's")
-    for name in ("pseudo-anomalies", "refinement"):
-        add(f"--{name}", action=BooleanOptionalAction, help="default: the architecture's")
-    add(
-        "--backbone",
-        metavar="NAME",
-        help=f"{', '.join(BACKBONES)}, or another CNN of timm (default: {default['backbone']})",
-    )
-    add("--teacher-weights", metavar="hub|FILE", help="ImageNet weights by timm, or a file")
-    add("--teacher-licence", metavar="TEXT", help="recorded where the weights state none")
-    add("--embedding-planes", type=positive, metavar="N", help="default: twice the teacher's")
-    add("--image-size", type=positive, nargs="+", metavar=("H", "W"), help="default: 256 256")
-    add("--epochs", type=positive, help=f"default: {default['epochs']}")
-    add("--batch-size", type=positive, help=f"default: {default['batch_size']}; DRD's: 4")
-    add("--lr", type=positive_number, help=f"default: {default['lr']}")
-    add("--weight-decay", type=rate, help="default: 0; DRD's: 1e-5")
-    add("--seed", type=natural, help=f"default: {default['seed']}")
-    add("--device", choices=("auto", "cuda", "cpu"), help="default: auto")
-    add(
-        "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: float32 on the CPU, bfloat16 on CUDA (float16 where it lacks that)",
-    )
-    add(
-        "--feature-cache",
-        choices=get_args(FeatureCache),
-        help="where the teacher's features are kept once computed (default: auto, where they fit)",
-    )
-    add(
-        "--feature-memory-gb",
-        type=positive_number,
-        metavar="GB",
-        help="memory they may take (default: a quarter of the machine's)",
-    )
-    add("--save-every", type=positive, metavar="EPOCHS", help=f"default: {default['save_every']}")
-    add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
     add("--resume", action="store_true", help="go on with the run that was interrupted")
     add("--overwrite", action="store_true", help="start anew where a run exists")
     parser.set_defaults(command=_train)
@@ -162,44 +109,6 @@ def _settings(given: dict[str, object], resume: bool) -> Settings:
                 f"--resume: {name} {value} contradicts the run's {getattr(saved, name)}"
             )
     return replace(saved, **{name: value for name, value in given.items() if name in free})  # type: ignore[arg-type]
-
-
-def image_size(sides: list[int]) -> tuple[int, int]:
-    """(height, width) of one or two sides; each a multiple of 32, as the networks need."""
-    if len(sides) > 2:
-        raise TrainingError(f"--image-size takes a height and a width, got {len(sides)} numbers")
-    for side in sides:
-        if side % 32 or not 32 <= side <= 4096:
-            raise TrainingError(f"--image-size {side}: must be a multiple of 32 from 32 to 4096")
-    return sides[0], sides[-1]
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {value:g}")
-    return value
-
-
-def rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value:g}")
-    return value
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -256,7 +165,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
-    _add_data(parser, "a data set with labelled test images")
+    add_data(parser, "a data set with labelled test images")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--json", type=Path, metavar="FILE", help="write everything here as well")
     add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
@@ -288,7 +197,7 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
-    _add_data(parser, "the data it was trained on")
+    add_data(parser, "the data it was trained on")
     add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
@@ -313,6 +222,35 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     if arguments.pictures:
         print(f"pictures in {arguments.pictures}")
     _write_json(arguments.json, result.as_dict())
+    return 0
+
+
+def _add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "benchmark",
+        help="many runs -> one table",
+        description="Train, export and evaluate every combination of the settings given, each "
+        "with one or several values; a row a run, and tables over seeds. Started again, it goes "
+        "on; started twice at once, the runs are shared out.",
+    )
+    add = parser.add_argument
+    add("plan", type=Path, nargs="?", metavar="PLAN.toml", help="settings by their flags' names")
+    add("--out", type=Path, required=True, metavar="DIR", help="rows and tables; read again")
+    add("--keep", action="store_true", help="keep checkpoints and bundles in DIR/models")
+    add_axes(parser)
+    parser.set_defaults(command=_benchmark)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from training.benchmark import benchmark
+
+    given = vars(arguments)
+    plan, out, keep = given.pop("plan"), given.pop("out"), given.pop("keep")
+    given.pop("command")
+    grids = read_plan(plan, given) if plan else [given]
+    if not all(grid.get("data") for grid in grids):
+        raise TrainingError("a benchmark needs --data, or data in each grid of its plan")
+    print(benchmark(grids, out, keep=keep))
     return 0
 
 

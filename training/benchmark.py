@@ -32,6 +32,7 @@ from service.detector import Detector
 from service.image import digest
 from training import data
 from training.checkpoint import Checkpoint
+from training.datasets import categories
 from training.evaluate import Report, evaluate
 from training.export import export
 from training.settings import ARCHITECTURES, Settings
@@ -97,21 +98,31 @@ def runs(grids: list[Grid], models: Path) -> Iterator[Settings]:
     """Every combination once; its name is a digest of all that can change its result."""
     defaults = asdict(Settings(data="", name=""))
     seen = set()
+    for chosen in _combinations(grids):
+        preset = ARCHITECTURES[chosen.get("architecture", Settings.architecture)]
+        settings = preset | chosen
+        # Without defaults, so that rows stay valid when a later version adds a setting.
+        telling = {
+            key: value
+            for key, value in settings.items()
+            if key not in IDLE and value != defaults[key]
+        }
+        text = json.dumps(telling, sort_keys=True)
+        name = f"run-{digest(text.encode())[:12]}"
+        if name not in seen:
+            seen.add(name)
+            yield Settings(**settings | {"name": name, "models": str(models)})
+
+
+def _combinations(grids: list[Grid]) -> Iterator[dict[str, Any]]:
     for grid in grids:
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
-            settings = {**ARCHITECTURES[chosen.get("architecture", "sk-rd4ad")], **chosen}
-            # Without defaults, so that rows stay valid when a later version adds a setting.
-            telling = {
-                key: value
-                for key, value in settings.items()
-                if key not in IDLE and value != defaults[key]
-            }
-            text = json.dumps(telling, sort_keys=True)
-            name = f"run-{digest(text.encode())[:12]}"
-            if name not in seen:
-                seen.add(name)
-                yield Settings(**settings | {"name": name, "models": str(models)})
+            if chosen.get("category") != "all":
+                yield chosen
+                continue
+            for category in categories(Path(chosen["data"]), chosen.get("layout", "auto")):
+                yield chosen | {"category": category}
 
 
 @contextlib.contextmanager
@@ -186,7 +197,7 @@ def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
 
 def place(settings: Settings) -> str:
     """How tables call the data of a run."""
-    return Path(settings.data).name
+    return settings.category or Path(settings.data).name
 
 
 def method(settings: Settings) -> str:
