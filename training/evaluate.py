@@ -83,6 +83,30 @@ class Report:
         return record
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The test images that could be read, in one order, and what the bundle makes of each."""
+
+    bundle: Bundle
+    device: str
+    root: Path
+    tests: list[TestImage]
+    digests: list[str]  # SHA-256 of each file
+    predictions: list[Prediction]
+    masks: list[np.ndarray | None]  # (h, w) at the map's size; None: left out of pixel metrics
+    mask_report: MaskReport
+    failed: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Each image's path below the data folder."""
+        return [str(test.path.relative_to(self.root)) for test in self.tests]
+
+    @property
+    def scores(self) -> np.ndarray:
+        return np.array([prediction.score for prediction in self.predictions])
+
+
 def evaluate(
     folder: Path,
     root: Path,
@@ -96,6 +120,22 @@ def evaluate(
 
     Raises TrainingError for a folder without labelled images, and BundleError.
     """
+    scored = score_images(
+        folder, root, layout=layout, category=category, device=device, strict=strict
+    )
+    return report_on(scored)
+
+
+def score_images(
+    folder: Path,
+    root: Path,
+    *,
+    layout: str | None = None,
+    category: str | None = None,
+    device: Device = "auto",
+    strict: bool = False,
+) -> Scored:
+    """Scores and maps of the test images, their pixels not kept; raises as `evaluate` does."""
     bundle = Bundle(folder)
     tests = labelled_images(bundle, root, layout, category)
     size = bundle.manifest.image_size
@@ -106,30 +146,42 @@ def evaluate(
     detector = Detector(bundle.read_graph(), size, device)
     predictions = _predict(detector, loaded.pixels)
     masks, mask_report = _read_masks(tests, root, size)
+    return Scored(
+        bundle=bundle,
+        device=detector.device,
+        root=root,
+        tests=tests,
+        digests=loaded.digests,
+        predictions=predictions,
+        masks=masks,
+        mask_report=mask_report,
+        failed={str(p.relative_to(root)): reason for p, reason in loaded.failed.items()},
+    )
 
+
+def report_on(scored: Scored) -> Report:
+    """All metrics of scored images, at the bundle's own threshold."""
+    bundle, scores = scored.bundle, scored.scores
     calibration = bundle.default_calibration()
-    scores = np.array([p.score for p in predictions])
-    report = score_report(tests, scores, calibration.threshold)
-    kept = [i for i, mask in enumerate(masks) if mask is not None]
+    report = score_report(scored.tests, scores, calibration.threshold)
+    kept = [i for i, mask in enumerate(scored.masks) if mask is not None]
     pixel = None
-    if mask_report.used:
-        maps = np.stack([predictions[i].anomaly_map for i in kept])
-        pixel = pixel_metrics(maps, np.stack([m for m in masks if m is not None]))
+    if scored.mask_report.used:
+        maps = np.stack([scored.predictions[i].anomaly_map for i in kept])
+        pixel = pixel_metrics(maps, np.stack([m for m in scored.masks if m is not None]))
     return Report(
         bundle=f"{bundle.name}/{bundle.version}",
         digest=bundle.digest,
-        images=len(tests),
+        images=len(scored.tests),
         threshold=calibration.threshold,
         target_fpr=calibration.target_fpr,
         image=report.image,
         false_positives=report.false_positives,
         kinds=report.kinds,
         pixel=pixel,
-        masks=mask_report,
-        failed={str(p.relative_to(root)): reason for p, reason in loaded.failed.items()},
-        scores={
-            str(t.path.relative_to(root)): float(s) for t, s in zip(tests, scores, strict=True)
-        },
+        masks=scored.mask_report,
+        failed=scored.failed,
+        scores={name: float(s) for name, s in zip(scored.names, scores, strict=True)},
     )
 
 
