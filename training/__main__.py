@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_export(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     _add_rehearse(commands)
     _add_benchmark(commands)
     _add_synthetic(commands)
@@ -185,6 +186,43 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     print(table(report))
     _write_json(arguments.json, report.as_dict())
+    return 0
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="bundle + labelled images -> one HTML file",
+        description="Evaluate a bundle and write what there is to know about it as one HTML file.",
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
+    add_data(parser, "a data set with labelled test images")
+    add(
+        "--out", type=Path, metavar="FILE", help="default: NAME-VERSION.html; replaced if it exists"
+    )
+    add("--worst", type=positive, default=8, metavar="N", help="misses, false alarms (default: 8)")
+    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from training.evaluate import table
+    from training.report import write_report
+
+    out, report = write_report(
+        arguments.bundle,
+        arguments.data,
+        arguments.out,
+        layout=arguments.layout,
+        category=arguments.category,
+        device=arguments.device,
+        worst=arguments.worst,
+        strict=arguments.strict,
+    )
+    print(table(report))
+    print(f"wrote {out}: {out.stat().st_size / 1e3:.0f} kB")
     return 0
 
 

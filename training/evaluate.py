@@ -92,6 +92,7 @@ class Scored:
     root: Path
     tests: list[TestImage]
     digests: list[str]  # SHA-256 of each file
+    known: int  # how many of them were trained on or held out
     predictions: list[Prediction]
     masks: list[np.ndarray | None]  # (h, w) at the map's size; None: left out of pixel metrics
     mask_report: MaskReport
@@ -140,7 +141,6 @@ def score_images(
     tests = labelled_images(bundle, root, layout, category)
     size = bundle.manifest.image_size
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
-    _warn_of_known(bundle, loaded)
     by_path = {t.path: t for t in tests}
     tests = [by_path[path] for path in loaded.paths]
     detector = Detector(bundle.read_graph(), size, device)
@@ -152,6 +152,7 @@ def score_images(
         root=root,
         tests=tests,
         digests=loaded.digests,
+        known=_count_known(bundle, loaded),
         predictions=predictions,
         masks=masks,
         mask_report=mask_report,
@@ -201,12 +202,13 @@ def labelled_images(
     return datasets.read(root, layout or "auto", category or "").to_test_on()
 
 
-def _warn_of_known(bundle: Bundle, loaded: data.Images) -> None:
+def _count_known(bundle: Bundle, loaded: data.Images) -> int:
     record = bundle.manifest.data
     known = {*record.trained, *(image.sha256 for image in record.held_out)}
     count = sum(digest in known for digest in loaded.digests)
     if count:
         log.warning("%d test images were trained on or held out: the figures flatter", count)
+    return count
 
 
 @dataclass(frozen=True)
