@@ -103,6 +103,24 @@ def test_an_interrupted_run_is_gone_on_with(grid, tmp_path):
     assert again == first
 
 
+def test_a_run_that_fails_is_named_and_the_others_go_on(grid, tmp_path):
+    """A rate at which the loss is no number, beside one at which it is."""
+    plan = grid | {"architecture": ["rd4ad"], "lr": [1e30, 0.005], "epochs": [2]}
+    for _ in range(2):  # a second start meets the first's failure
+        with pytest.raises(TrainingError, match="1 of 2 runs failed: rd4ad, .*lr 1e[+]30.*loss is"):
+            benchmark([plan], tmp_path)
+        (row,) = read_rows(tmp_path)
+        assert row["settings"]["lr"] == 0.005
+
+
+def test_data_without_labelled_images_are_refused_before_anything_is_trained(grid, tmp_path):
+    (tmp_path / "plain").mkdir()
+    write_picture(tmp_path / "plain" / "one.png", normal_picture(np.random.default_rng(0)))
+    with pytest.raises(TrainingError, match="plain: needs labelled test images"):
+        benchmark([grid | {"data": [*grid["data"], str(tmp_path / "plain")]}], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it(grid, tmp_path):
     (settings,) = runs([grid | {"architecture": ["rd4ad"]}], tmp_path / "models")
     (tmp_path / "locks").mkdir()
@@ -145,6 +163,28 @@ def test_a_runs_name_depends_on_what_can_change_its_result_alone(grid):
     # Said or left to the default: the same run.
     assert name() == name(lr=Settings.lr)
     assert len({name(), name(seed=2), name(epochs=2), name(skips="sk"), name(data="x")}) == 5
+    assert name(data="x") == name(data="./x/") == name(data="y/../x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": "f" * 64},
+        {"data_fingerprint": "f" * 64},
+        *({"settings": s} for s in ({"group": "(.)"}, {"device": "cuda"}, {"epochs": 9})),
+    ],
+)
+def test_only_seeds_are_averaged(finished, tmp_path, change):
+    """Other pictures, weights or settings under the same names have a table of their own."""
+    row = read_rows(finished)[0]
+    settings = row["settings"] | change.get("settings", {})
+    other = row | change | {"settings": settings, "image_auroc": 0.5}
+    again = row | {"settings": row["settings"] | {"seed": 9}}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, (row, again, other))))
+    lines = [x for x in benchmark([], tmp_path).splitlines() if x.startswith("| rd4ad")]
+    assert sorted(line.split(" | ")[1] for line in lines) == ["1", "2"]
+    # Two tables of the same data have no mean over data.
+    assert "Mean of" not in (tmp_path / "table.md").read_text()
 
 
 def test_tables_give_the_mean_over_seeds_and_its_standard_error(finished, tmp_path):
@@ -210,7 +250,6 @@ def test_a_plan_has_grids_that_share_what_stands_at_its_top_and_flags_win(tmp_pa
     [
         ("seed = ", "plan.toml: Expected|plan.toml: Invalid"),
         ("grid = 3", r"write \[\[grid\]\]"),
-        ("image_size = 100", "--image-size 100: must be a multiple of 32"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused_by_name(tmp_path, text, words):
@@ -223,7 +262,12 @@ def test_a_plan_that_cannot_be_read_is_refused_by_name(tmp_path, text, words):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("colour = 1", "--colour"), ('skips = "most"', "most"), ("epochs = 0", "at least 1")],
+    [
+        ("colour = 1", "--colour"),
+        ("image_size = 100", "100: must be a multiple of 32"),
+        ('skips = "most"', "most"),
+        ("epochs = 0", "at least 1"),
+    ],
 )
 def test_what_no_flag_accepts_no_plan_does(tmp_path, capsys, text, words):
     (tmp_path / "plan.toml").write_text(text)

@@ -183,6 +183,19 @@ def test_a_network_without_the_three_strides_is_refused_with_those_it_has():
         Teacher("vit_tiny_patch16_224")
 
 
+@pytest.mark.parametrize("backbone", ["inception_v4", "swin_tiny_patch4_window7_224"])
+def test_a_network_whose_maps_do_not_fit_is_refused_by_name(backbone):
+    with pytest.raises(TrainingError, match=f"backbone '{backbone}' (has maps of|can't give)"):
+        Teacher(backbone)
+
+
+def test_a_tag_that_names_weights_does_not_change_the_network():
+    with torch.device("meta"):
+        plain = ReverseDistillation("resnet50", "sk").state_dict()
+        tagged = ReverseDistillation("resnet50.a1_in1k", "sk").state_dict()
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in tagged.items()}
+
+
 @pytest.mark.parametrize(
     "backbone, channels",
     [("convnext_tiny", [96, 192, 384]), ("efficientnet_b0", [24, 40, 112])],

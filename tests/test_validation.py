@@ -49,6 +49,9 @@ def test_validation_ranks_a_graph_that_sees_the_defects_above_one_that_does_not(
     blind = validate(Detector(brightness, SIZE, "cpu"), grain)
     assert sharp.drawn == blind.drawn == 6 * len(KINDS) * DRAWN_PER_KIND
     assert sharp.auroc > 0.7 > blind.auroc
+    assert set(sharp.kinds) == {"scratch", "stain", "smear", "patch"}
+    # All kinds are equally many, so that the whole is their mean.
+    assert sharp.auroc == pytest.approx(np.mean(list(sharp.kinds.values())))
     assert sharp.aupro > blind.aupro
 
 

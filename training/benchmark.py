@@ -30,13 +30,13 @@ import torch
 from service.bundle import Bundle
 from service.detector import Detector
 from service.image import digest
-from training import data
+from training import data, datasets
 from training.checkpoint import Checkpoint
-from training.datasets import categories
+from training.errors import TrainingError
 from training.evaluate import Report, evaluate
 from training.export import export
 from training.settings import ARCHITECTURES, Settings
-from training.train import train
+from training.train import choose_device, train
 from training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -73,24 +73,37 @@ METRICS = {  # column -> heading
 def benchmark(grids: list[Grid], out: Path, *, keep: bool = False) -> str:
     """Run what of the plan has no row in `out` yet; write and return the Markdown table.
 
-    `keep` leaves checkpoints and bundles in `out/models`. Raises TrainingError for bad data.
+    `keep` leaves checkpoints and bundles in `out/models`. Raises TrainingError for data that can't
+    be trained or evaluated on, before anything is run; and at the end, naming them, for runs that
+    failed.
     """
-    out.mkdir(parents=True, exist_ok=True)
     planned = list(runs(grids, out / "models"))
+    for where in {(s.data, s.layout, s.category) for s in planned}:
+        pictures = datasets.read(Path(where[0]), *where[1:])
+        pictures.to_train_on(), pictures.to_test_on()
+    out.mkdir(parents=True, exist_ok=True)
+    code, failed = software(), {}
     for number, settings in enumerate(planned, 1):
         with _claimed(out, settings) as free:
             if not free or settings.name in {row["id"] for row in read_rows(out)}:
                 continue
-            log.info(
-                "run %d of %d: %s on %s", number, len(planned), method(settings), place(settings)
-            )
-            row = _run(settings)
-            if row is None:  # interrupted
-                raise KeyboardInterrupt
-            _append(out, row)
+            told = f"{method(settings)} on {place(settings)}, seed {settings.seed}"
+            log.info("run %d of %d: %s", number, len(planned), told)
+            try:
+                row = _run(settings)
+            except TrainingError as error:
+                log.error("%s (%s) failed: %s", told, settings.name, error)
+                failed[told] = str(error)
+                continue
+            _append(out, row | {"software": code})
             if not keep:
                 shutil.rmtree(Path(settings.models) / settings.name)
         _write_tables(out)
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(planned)} runs failed: "
+            + "; ".join(f"{told}: {error}" for told, error in failed.items())
+        )
     return _write_tables(out)
 
 
@@ -118,10 +131,11 @@ def _combinations(grids: list[Grid]) -> Iterator[dict[str, Any]]:
     for grid in grids:
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
+            chosen["data"] = os.path.normpath(chosen["data"])  # one folder, one name
             if chosen.get("category") != "all":
                 yield chosen
                 continue
-            for category in categories(Path(chosen["data"]), chosen.get("layout", "auto")):
+            for category in datasets.categories(Path(chosen["data"]), chosen.get("layout", "auto")):
                 yield chosen | {"category": category}
 
 
@@ -138,12 +152,12 @@ def _claimed(out: Path, settings: Settings) -> Iterator[bool]:
             yield True
 
 
-def _run(settings: Settings) -> Row | None:
-    """Train, or go on with it; export, evaluate; None where training was interrupted."""
+def _run(settings: Settings) -> Row:
+    """Train, or go on with it; export, evaluate. KeyboardInterrupt where it was interrupted."""
     started = (settings.folder / "checkpoint.json").exists()
     run = train(settings, resume=started)
     if not run.finished:
-        return None
+        raise KeyboardInterrupt
     models, root = Path(settings.models), Path(settings.data)
     shutil.rmtree(models / settings.name / "1", ignore_errors=True)  # of an interrupted export
     bundle = export(models, settings.name, version=1)
@@ -179,6 +193,7 @@ def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
         "detection_rate": sum(d.count for d in detected) / sum(d.total for d in detected),
         "drawn_auroc": validation.auroc,
         "drawn_aupro": validation.aupro,
+        "drawn_kinds": validation.kinds,
         "promised_rate": report.target_fpr,
         "trained": len(run.trained),
         "held_out": len(run.held_out),
@@ -190,14 +205,14 @@ def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
         "data_fingerprint": run.data_fingerprint,
         "scores": report.scores,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "software": software(),
+        "hardware": hardware(choose_device(run.settings.device)),
     }
 
 
 def place(settings: Settings) -> str:
     """How tables call the data of a run."""
-    return settings.category or Path(settings.data).name
+    name = settings.category or Path(settings.data).name
+    return name if settings.layout == "auto" else f"{name} ({settings.layout})"
 
 
 def method(settings: Settings) -> str:
@@ -211,29 +226,40 @@ def method(settings: Settings) -> str:
     return ", ".join([settings.architecture, *departures])
 
 
-def setup(settings: dict[str, Any]) -> str:
-    """The rest of a run's settings that tables tell apart."""
+def setup(row: Row) -> str:
+    """The rest of what tells a run's results apart, its seed aside."""
+    settings = row["settings"]
     height, width = settings["image_size"]
-    return (
-        f"{settings['backbone']}, {height}×{width}, {settings['epochs']} epochs, "
-        f"{settings['precision']}, embedding of {settings['embedding_planes']} planes"
-    )
+    told = [
+        f"{settings['backbone']} (weights {row['teacher'][:8]})",
+        f"{height}×{width}",
+        f"{settings['epochs']} epochs",
+        settings["precision"],
+        f"embedding of {settings['embedding_planes']} planes",
+        f"{row['trained']} normal images trained on (data {row['data_fingerprint'][:8]}), "
+        f"{row['held_out']} held out",
+        f"{row['promised_rate']:.3g} false positives promised",
+    ]
+    if settings.get("group"):
+        told.append(f"grouped by {settings['group']}")
+    if settings["device"] != "auto":
+        told.append(f"on {settings['device']}")
+    return ", ".join(told)
 
 
 def _plain(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
 
 
-def hardware() -> str:
-    """The processor or GPU that trains, and how many cores this process may use."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
+def hardware(device: torch.device) -> str:
+    """The GPU or processor that trains, and how many threads it does."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                return f"{name}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def software() -> str:
@@ -275,7 +301,7 @@ def _write_tables(out: Path) -> str:
     """Write table.csv and table.md from all rows; the Markdown."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in read_rows(out):
-        key = row["data"], setup(row["settings"]), row["method"]
+        key = row["data"], setup(row), row["method"]
         groups.setdefault(key, []).append(row)
     (out / "table.csv").write_text(_csv(groups))
     markdown = _markdown(groups)
@@ -301,16 +327,10 @@ def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     for (where, told, name), rows in groups.items():
         tables.setdefault((where, told), {})[name] = rows
     for (where, told), methods in sorted(tables.items()):
-        first = next(iter(methods.values()))[0]
-        lines += [
-            f"### {where}",
-            "",
-            f"{told}; {first['trained']} normal images trained on, {first['held_out']} held out, "
-            f"{first['promised_rate']:.3g} false positives promised.",
-            "",
-            *_table({name: [rows] for name, rows in methods.items()}),
-        ]
-    if len(tables) > 1:
+        lines += [f"### {where}", "", f"{told}.", ""]
+        lines += _table({name: [rows] for name, rows in methods.items()})
+    # A mean over data is of one table each.
+    if 1 < len(tables) == len({where for where, _ in tables}):
         shared = set.intersection(*(set(methods) for methods in tables.values()))
         names = [name for name in next(iter(tables.values())) if name in shared]
         means = {name: [methods[name] for methods in tables.values()] for name in names}

@@ -129,6 +129,9 @@ def read(root: Path, layout: str = "auto", category: str = "") -> Category:
     return Category(root, layout, category, *LAYOUTS[layout].read(root, category))
 
 
+LABELLED = ("test", "ground_truth", "split_csv", "mt_free")  # folders of data sets
+
+
 def find_images(folder: Path) -> list[Path]:
     """All image files below a folder, by path."""
     return sorted(p for p in folder.rglob("*") if image.is_image_name(p) and p.is_file())
@@ -139,10 +142,24 @@ def _recognise(root: Path, layout: str) -> tuple[str, list[str]]:
         raise TrainingError(f"data folder {root}: no such folder")
     if layout == "auto":
         found = ((name, LAYOUTS[name].categories(root)) for name in AUTO)
-        return next((name, present) for name, present in found if present)
+        layout, present = next((name, present) for name, present in found if present)
+        if layout == "folder":
+            _refuse_labelled(root)
+        return layout, present
     if layout not in LAYOUTS:
         raise TrainingError(f"--layout {layout}: must be one of auto, {', '.join(LAYOUTS)}")
     return layout, LAYOUTS[layout].categories(root)
+
+
+def _refuse_labelled(root: Path) -> None:
+    """A data set further down, or in a layout nobody knows, holds defects and masks as well."""
+    for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
+        if folder.name.lower() in LABELLED:
+            raise TrainingError(
+                f"{root} looks like a plain folder of normal images, but holds "
+                f"{folder.relative_to(root)}: give the data set's own folder as --data, or "
+                "--layout folder if every image below it is normal"
+            )
 
 
 def _folders(root: Path) -> list[Path]:

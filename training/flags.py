@@ -164,7 +164,10 @@ def _switch(text: str) -> bool:
 
 
 def _size(text: str) -> tuple[int, int]:
-    return image_size([positive(side) for side in text.split("x")])
+    try:
+        return image_size([positive(side) for side in text.split("x")])
+    except TrainingError as error:  # argparse says which flag, and ends
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_plan(file: Path, given: dict[str, list[Any]]) -> list[dict[str, list[Any]]]:

@@ -45,10 +45,20 @@ class Teacher(nn.Module):
     def __init__(self, backbone: str) -> None:
         super().__init__()
         indices = _stages(backbone)
-        # A "getter" leaves out what comes after the last map and keeps timm's names of the rest.
-        self.network = timm.create_model(
-            backbone, features_only=True, feature_cls="getter", out_indices=indices
-        )
+        try:
+            # A "getter" leaves out what follows the last map and keeps timm's names of the rest.
+            self.network = timm.create_model(
+                backbone, features_only=True, feature_cls="getter", out_indices=indices
+            )
+            maps = self.network.eval()(torch.zeros(1, 3, 64, 64))
+        except Exception as error:  # networks raise what they like where they can't
+            raise TrainingError(f"backbone {backbone!r} can't give its maps: {error}") from error
+        # Some round their maps' sizes in another way, or fix the image's.
+        if (sides := [m.shape[-1] for m in maps]) != [64 // stride for stride in STRIDES]:
+            raise TrainingError(
+                f"backbone {backbone!r} has maps of sides {sides} for an image of 64; a teacher "
+                f"needs {[64 // stride for stride in STRIDES]}"
+            )
         self.channels: list[int] = self.network.feature_info.channels()
         mean, std = _statistics(backbone)
         self.register_buffer("mean", 255 * torch.tensor(mean), persistent=False)
@@ -73,6 +83,11 @@ class Teacher(nn.Module):
         """[E1 (B, C1, H/4, W/4), E2 (B, C2, H/8, W/8), E3 (B, C3, H/16, W/16)]."""
         features: list[Tensor] = self.network(normalised)
         return features
+
+
+def architecture_of(backbone: str) -> str:
+    """timm's name without the tag that says which weights: `resnet50` of `resnet50.a1_in1k`."""
+    return backbone.split(".", 1)[0]
 
 
 def _stages(backbone: str) -> tuple[int, ...]:
@@ -285,7 +300,7 @@ class ReverseDistillation(nn.Module):
         bottleneck: Bottleneck = "mff",
     ) -> None:
         super().__init__()
-        blocks = BACKBONES.get(backbone, OTHER_BACKBONE)
+        blocks = BACKBONES.get(architecture_of(backbone), OTHER_BACKBONE)
         self.teacher = Teacher(backbone)
         channels = self.teacher.channels
         self.embedding_planes = embedding_planes or 2 * channels[-1] // blocks.expansion
