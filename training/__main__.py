@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service.errors import ServiceError
 from training.errors import TrainingError
@@ -21,6 +22,9 @@ from training.flags import (
     read_plan,
 )
 from training.settings import ARCHITECTURES, Settings
+
+if TYPE_CHECKING:
+    from training.checkpoint import Checkpoint
 
 INTERRUPTED = 130
 
@@ -71,24 +75,30 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from training import distributed
     from training.train import train
 
     given = vars(arguments)
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     given.pop("command")
-    run = train(_settings(given, resume), resume=resume, overwrite=overwrite)
+    with distributed.processes():
+        run = train(_settings(given, resume), resume=resume, overwrite=overwrite)
+        if distributed.first():
+            print(_outcome(run), flush=True)
+    return 0 if run.finished else INTERRUPTED
+
+
+def _outcome(run: "Checkpoint") -> str:
     if not run.finished:
-        print(
+        return (
             f"stopped at epoch {run.epoch} of {run.settings.epochs}, saved in "
             f"{run.settings.folder}; go on with --resume"
         )
-        return INTERRUPTED
     models = "" if run.settings.models == "models" else f" --models {run.settings.models}"
-    print(
+    return (
         f"trained {run.settings.epochs} epochs, last loss {run.losses[-1]:.4f}; next:\n"
         f"  python -m training export --name {run.settings.name}{models}"
     )
-    return 0
 
 
 def _settings(given: dict[str, object], resume: bool) -> Settings:

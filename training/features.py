@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training import distributed
 from training.errors import TrainingError
 from training.model import STRIDES, Teacher
 from training.progress import progress
@@ -88,26 +90,28 @@ def teacher_features(
     memory_gb: float | None,
     folder: Path,
 ) -> Iterator[TeacherFeatures]:
-    """Features of training images, kept where `place` says; a file in `folder` goes at the end.
+    """Features of training images, kept where `place` says; nothing is left in `folder`.
 
     `auto`: on the GPU, else in up to `memory_gb` (by default a quarter of the machine's), else on
-    disk, each where they fit. Raises TrainingError where features are no float16 numbers, and for
-    `memory` and `disk` where they don't fit.
+    disk, each where they fit. Each of several processes keeps all of them, since any image may come
+    into its part of a batch; those on one machine share its memory and disk.
+
+    Raises TrainingError where features are no float16 numbers, and for `memory` and `disk` where
+    they don't fit.
     """
     features = TeacherFeatures(teacher, images, device, precision)
     size = 2 * sum(int(np.prod(shape)) for shape in features.shapes())
-    budget = int(memory_gb * 1e9) if memory_gb else _machine_memory() // 4
-    free_disk = int(FREE_SHARE * shutil.disk_usage(folder).free)
+    sharing = distributed.count_here()
+    budget = int(memory_gb * 1e9) if memory_gb else _machine_memory() // 4 // sharing
+    free_disk = int(FREE_SHARE * shutil.disk_usage(folder).free) // sharing
     chosen = choose_place(place, size, budget, free_disk, _free_on(device))
     log.info("teacher features: %.2f GB, kept %s", size / 1e9, _WHERE[chosen])
-    file = folder / "features.partial"
     try:
         if chosen != "off":
-            features.keep(_allocate(chosen, features.shapes(), device, file))
+            features.keep(_allocate(chosen, features.shapes(), device, folder))
         yield features
     finally:
         features.store = None
-        file.unlink(missing_ok=True)
 
 
 _WHERE = {
@@ -142,14 +146,16 @@ def choose_place(
 
 
 def _allocate(
-    place: str, shapes: list[tuple[int, int, int, int]], device: torch.device, file: Path
+    place: str, shapes: list[tuple[int, int, int, int]], device: torch.device, folder: Path
 ) -> list[Tensor]:
     if place == "device":
         return [torch.empty(shape, dtype=torch.float16, device=device) for shape in shapes]
     if place == "memory":
         return [torch.empty(shape, dtype=torch.float16) for shape in shapes]
     sizes = [int(np.prod(shape)) for shape in shapes]
-    mapped = np.memmap(file, np.float16, "w+", shape=(sum(sizes),))
+    # Without a name: it goes with the process, however that ends.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        mapped = np.memmap(file, np.float16, "w+", shape=(sum(sizes),))
     parts = np.split(mapped, np.cumsum(sizes)[:-1])
     return [torch.from_numpy(p.reshape(shape)) for p, shape in zip(parts, shapes, strict=True)]
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import pseudo
+from training.distributed import mean
 from training.model import ReverseDistillation
 from training.settings import Loss, Settings
 
@@ -14,28 +15,39 @@ SEGMENTATION_RATE = 0.1  # DRD's code
 
 
 class Objective(nn.Module):
-    """The loss of a batch, as a run's settings compose it; in float32 whatever the network is."""
+    """The loss of a batch, as a run's settings compose it; in float32 whatever the network is.
+
+    Of several processes each computes a part of the batch, and all get the loss of the whole.
+    """
 
     def __init__(self, model: ReverseDistillation, settings: Settings) -> None:
         super().__init__()
         self.model, self.settings = model, settings
 
-    def forward(self, images: Tensor, e: Features, rng: np.random.Generator) -> Tensor:
-        """Of images uint8 (B, H, W, 3) and the teacher's maps of them; a scalar."""
+    def forward(
+        self, images: Tensor, e: Features, rng: np.random.Generator, part: slice = slice(None)
+    ) -> Tensor:
+        """Of a batch's images uint8 (B, H, W, 3) and the teacher's maps of `part` of them.
+
+        Returns a scalar.
+        """
         d = _float32(self.model.restore(e))
         loss = distillation_loss(e, d, self.settings.loss)
         if self.settings.consistency_rate:
             loss = loss + self.settings.consistency_rate * consistency_loss(e, d)
         if self.settings.pseudo_anomalies:
-            loss = loss + self._pseudo_anomalies(images, e, rng)
+            loss = loss + self._pseudo_anomalies(images, e, rng, part)
         return loss
 
-    def _pseudo_anomalies(self, images: Tensor, e: Features, rng: np.random.Generator) -> Tensor:
+    def _pseudo_anomalies(
+        self, images: Tensor, e: Features, rng: np.random.Generator, part: slice
+    ) -> Tensor:
         """DRD's other half: restore the normal image's maps from a pseudo-anomalous one's."""
         teacher = self.model.teacher
-        normal = teacher.normalise(images)
-        pasted = teacher.normalise(pseudo.paste(images, rng))
-        pasted_e = pseudo.add_noise(_float32(teacher(pasted)), rng)
+        normal = teacher.normalise(images[part])
+        # Drawn for the whole batch, so that it doesn't matter how many processes share it.
+        pasted = teacher.normalise(pseudo.paste(images, rng)[part])
+        pasted_e = pseudo.add_noise(_float32(teacher(pasted)), rng, len(images), part)
         pasted_d = _float32(self.model.restore(pasted_e))
         difference = 1 - F.cosine_similarity(pasted, normal, dim=1, eps=1e-8)
         segmentation = segmentation_loss(pasted_e, pasted_d, difference)
@@ -73,7 +85,7 @@ def channel_loss(teacher_features: Features, decoder_features: Features) -> Tens
 def _cosine_distance(a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
     """Mean of 1 - cosine of the vectors along dimensions `first` to `last`."""
     a, b = a.flatten(first, last), b.flatten(first, last)
-    return (1 - F.cosine_similarity(a, b, dim=first, eps=1e-8)).mean()
+    return mean(1 - F.cosine_similarity(a, b, dim=first, eps=1e-8))
 
 
 def consistency_loss(teacher_features: Features, decoder_features: Features) -> Tensor:
@@ -85,9 +97,13 @@ def consistency_loss(teacher_features: Features, decoder_features: Features) -> 
     differences = []
     for (shallow_e, shallow_d), (deep_e, deep_d) in zip(pairs, pairs[1:], strict=False):
         size = shallow_e.shape[-2:]
-        upsampled = F.mse_loss(_upsample(deep_e, size), _upsample(deep_d, size))
-        differences.append((upsampled - F.mse_loss(shallow_e, shallow_d)).abs())
+        upsampled = _squared_error(_upsample(deep_e, size), _upsample(deep_d, size))
+        differences.append((upsampled - _squared_error(shallow_e, shallow_d)).abs())
     return torch.stack(differences).sum()
+
+
+def _squared_error(a: Tensor, b: Tensor) -> Tensor:
+    return mean(F.mse_loss(a, b, reduction="none"))
 
 
 def segmentation_loss(
@@ -103,7 +119,7 @@ def segmentation_loss(
         _upsample((1 - F.cosine_similarity(e, d, dim=1, eps=1e-8)).unsqueeze(1), size)
         for e, d in zip(teacher_features, decoder_features, strict=True)
     ]
-    return F.l1_loss(torch.stack(maps).mean(0).squeeze(1), difference)
+    return mean((torch.stack(maps).mean(0).squeeze(1) - difference).abs())
 
 
 def _upsample(features: Tensor, size: torch.Size) -> Tensor:

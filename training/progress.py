@@ -1,5 +1,6 @@
 """Progress bars: lively in a terminal, a line now and then in a log."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -31,5 +32,6 @@ def progress(
         unit_scale=unit == "B",
         mininterval=0.1 if terminal else LOG_INTERVAL_S,
         bar_format=None if terminal else LOG_FORMAT,
+        disable=os.environ.get("RANK", "0") != "0",  # of torchrun's processes one speaks
     )
     return bar

@@ -33,10 +33,20 @@ def _side(shorter: int, rng: np.random.Generator) -> int:
     return max(1, round(int(rng.integers(shortest, longest + 1)) * shorter / 256))
 
 
-def add_noise(features: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
-    """The maps with Gaussian noise of deviation FEATURE_NOISE."""
+def add_noise(
+    features: list[Tensor],
+    rng: np.random.Generator,
+    count: int | None = None,
+    part: slice = slice(None),
+) -> list[Tensor]:
+    """The maps with Gaussian noise of deviation FEATURE_NOISE.
+
+    Where they are those of a `part` of a batch of `count` images, the noise is the batch's there.
+    """
     generator = torch.Generator(features[0].device).manual_seed(int(rng.integers(2**62)))
-    return [
-        e + FEATURE_NOISE * torch.randn(e.shape, generator=generator, device=e.device)
-        for e in features
-    ]
+    noised = []
+    for e in features:
+        shape = (len(e) if count is None else count, *e.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=e.device)
+        noised.append(e + FEATURE_NOISE * noise[part])
+    return noised

@@ -17,7 +17,7 @@ import torch
 from service import image
 from service.bundle import NAME_PATTERN
 from training import checkpoint as checkpoints
-from training import data, datasets
+from training import data, datasets, distributed
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.features import TeacherFeatures, teacher_features
@@ -33,17 +33,24 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     """Train, or go on with, the run `settings.folder`; returns it as it was last saved.
 
     Raises TrainingError for bad data, weights or settings. SIGINT and SIGTERM save and return.
+    Of several processes (training/distributed) each computes its part of every batch.
     """
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
+    if settings.batch_size < distributed.count():
+        raise TrainingError(
+            f"--batch-size {settings.batch_size} is divided among all processes: it must be at "
+            f"least their number, {distributed.count()}"
+        )
+
     torch.manual_seed(settings.seed)
     model = from_settings(settings)
     images, run = _resume(settings) if resume else _start(settings, overwrite, model)
     settings = run.settings
+    distributed.require_same("images or checkpoints", f"{run.data_fingerprint} {run.step}")
+
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
-    else:
-        checkpoints.save_teacher(settings.folder, model)
     model.to(device).to(memory_format=torch.channels_last).train()
     trainable = [*model.bottleneck.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.Adam(
@@ -57,24 +64,24 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         init_scale=run.grad_scale or 65536.0,
         enabled=precision == torch.float16,
     )
-    if not resume:
+    if not resume and distributed.first():
+        checkpoints.save_teacher(settings.folder, model)
         checkpoints.save(run, model, optimizer)
 
-    objective = Objective(model, settings)
+    objective = distributed.parallel(Objective(model, settings), model.bottleneck, model.decoder)
     began = time.monotonic() - run.seconds
     batches = steps(len(run.trained), settings, run.step)
     with (
-        stop_on_signal() as stop,
         _features(model, images, run, device, precision) as features,
+        stop_on_signal() as stop,
         _progress(run) as bar,
     ):
         for indices in batches:
-            if stop.is_set():
-                break
+            part = distributed.part(len(indices))
             pixels = torch.from_numpy(images[indices]).to(device)
             rng = np.random.default_rng([settings.seed, run.step, 1])
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                loss = objective(pixels, features[indices], rng)
+                loss = objective(pixels, features[indices[part]], rng, part)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -87,8 +94,11 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
             bar.set_postfix(epoch=f"{run.epoch}/{settings.epochs}", loss=f"{loss.item():.4f}")
             epoch_ended = run.step % run.steps_per_epoch == 0
             due = epoch_ended and (run.epoch % settings.save_every == 0 or run.finished)
-            if due or stop.is_set():
+            stopping = distributed.agreed(stop.is_set())
+            if (due or stopping) and distributed.first():
                 checkpoints.save(run, model, optimizer)
+            if stopping:
+                break
     return run
 
 
@@ -135,7 +145,7 @@ def choose_device(name: str) -> torch.device:
         raise TrainingError("device cuda was asked for, but torch finds no CUDA device")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return distributed.cuda_device() if name == "cuda" else torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
