@@ -88,3 +88,28 @@ def test_a_place_that_is_too_small_is_refused_by_name(place, words):
     with pytest.raises(TrainingError, match=f"take 3.00 GB.*{words}"):
         choose_place(place, int(3e9), int(1e9), int(2e9), 0)
     assert choose_place("off", int(3e9), 0, 0, 0) == "off"
+
+
+def test_where_features_are_kept_makes_no_difference(tmp_path):
+    """All are rounded to float16, but for what float16 can't hold."""
+    chosen, pixels, indices = teacher(), images(16), np.arange(16)
+    with torch.no_grad():
+        chosen.weights["layer3.1.bn2.weight"].mul_(100)
+    maps = {}
+    for place in ("memory", "disk", "off"):
+        with teacher_features(
+            chosen, pixels, CPU, torch.float32, place=place, memory_gb=None, folder=tmp_path
+        ) as features:
+            maps[place] = features[indices]
+    for memory, disk, off in zip(*maps.values(), strict=True):
+        assert torch.equal(memory, disk) and torch.equal(memory, off)
+
+
+def test_what_float16_cannot_hold_is_used_as_it_is_when_nothing_is_kept(tmp_path):
+    chosen = teacher()
+    with torch.no_grad():
+        chosen.weights["layer3.1.bn2.bias"].fill_(1e5)
+    with teacher_features(
+        chosen, images(2), CPU, torch.float32, place="off", memory_gb=None, folder=tmp_path
+    ) as features:
+        assert 65504 < features[np.arange(2)][2].max() < float("inf")

@@ -51,7 +51,7 @@ class TeacherFeatures:
         with torch.autocast(
             self.device.type, self.precision, enabled=self.precision != torch.float32
         ):
-            return [e.float() for e in self.teacher(self.teacher.normalise(images))]
+            return [_rounded(e) for e in self.teacher(self.teacher.normalise(images))]
 
     def keep(self, store: list[Tensor]) -> None:
         """Fill float16 tensors (N, h, w, C) of every scale with the maps, and use them."""
@@ -79,6 +79,12 @@ class TeacherFeatures:
         ]
 
 
+def _rounded(e: Tensor) -> Tensor:
+    """To float16's numbers, so that it makes no difference to a run where its features are kept."""
+    halved = e.half()
+    return torch.where(halved.isfinite(), halved.float(), e.float())
+
+
 @contextlib.contextmanager
 def teacher_features(
     teacher: Teacher,
@@ -92,7 +98,7 @@ def teacher_features(
 ) -> Iterator[TeacherFeatures]:
     """Features of training images, kept where `place` says; nothing is left in `folder`.
 
-    `auto`: on the GPU, else in up to `memory_gb` (by default a quarter of the machine's), else on
+    `auto`: on the GPU, else in up to `memory_gb` (by default half of what is free), else on
     disk, each where they fit. Each of several processes keeps all of them, since any image may come
     into its part of a batch; those on one machine share its memory and disk.
 
@@ -102,7 +108,7 @@ def teacher_features(
     features = TeacherFeatures(teacher, images, device, precision)
     size = 2 * sum(int(np.prod(shape)) for shape in features.shapes())
     sharing = distributed.count_here()
-    budget = int(memory_gb * 1e9) if memory_gb else _machine_memory() // 4 // sharing
+    budget = int(memory_gb * 1e9) if memory_gb else _free_memory() // 2 // sharing
     free_disk = int(FREE_SHARE * shutil.disk_usage(folder).free) // sharing
     chosen = choose_place(place, size, budget, free_disk, _free_on(device))
     log.info("teacher features: %.2f GB, kept %s", size / 1e9, _WHERE[chosen])
@@ -160,8 +166,17 @@ def _allocate(
     return [torch.from_numpy(p.reshape(shape)) for p, shape in zip(parts, shapes, strict=True)]
 
 
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its container's if that is less."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return max(free, 0)
 
 
 def _free_on(device: torch.device) -> int:

@@ -108,7 +108,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--feature-memory-gb": {
         "type": positive_number,
         "metavar": "GB",
-        "help": "memory they may take (default: a quarter of the machine's)",
+        "help": "memory they may take (default: half of what is free)",
     },
     "--save-every": {
         "type": positive,

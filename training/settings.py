@@ -86,7 +86,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     feature_cache: FeatureCache = "auto"
-    feature_memory_gb: float | None = None  # None: a quarter of the machine's
+    feature_memory_gb: float | None = None  # None: half of what is free
     save_every: int = 10  # epochs
     strict: bool = False
 
