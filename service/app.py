@@ -224,7 +224,7 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post(
         "/v1/calibrations/deactivate",
         tags=["calibration"],
-        responses=_problems(404, 422, 500, 503, 504),
+        responses=_problems(404, 409, 422, 500, 503, 504),
     )
     async def deactivate(model: ModelName = None, version: Version = None) -> CalibrationReference:
         """Go back to the threshold that the model's own bundle brought."""
@@ -390,10 +390,10 @@ def _picture_response(inspected: Inspected) -> Response:
         "X-Threshold": repr(answer.threshold),
         "X-Threshold-Source": answer.threshold_source,
         "X-Decision": answer.decision,
-        "X-P-Value": repr(answer.p_value),
-        "X-Calibration-Id": answer.calibration.id,
         "X-Regions": str(len(answer.regions)),
     }
+    if answer.calibration:
+        headers |= {"X-P-Value": repr(answer.p_value), "X-Calibration-Id": answer.calibration.id}
     return Response(inspected.picture, media_type="image/png", headers=headers)
 
 

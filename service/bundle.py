@@ -1,7 +1,7 @@
 """A bundle: the immutable folder `models/<name>/<version>/` with `model.onnx` and `manifest.json`.
 
-Written once by `python -m training export`, read by everything that scores images. What changes
-later (calibrations, which one is active) is state and lives in `service.store`.
+Written once by `python -m training` (`export`, `import`), read by everything that scores images.
+What changes later (calibrations, which one is active) is state and lives in `service.store`.
 """
 
 import json
@@ -47,7 +47,8 @@ class Network(Record):
     skips: str
     bottleneck: str = "mff"
     refinement: bool = False
-    consistency_rate: float
+    border: str = "half-sample"  # how the blur reflects the map: scipy's way, or anomalib's
+    consistency_rate: float | None  # None: an imported network's is not known
     embedding_planes: int
 
 
@@ -68,7 +69,7 @@ class HeldOutImage(Record):
 class TrainingData(Record):
     fingerprint: Sha256  # over the sorted digests of all normal images used
     trained: list[Sha256]  # digests of the files, so that none of them calibrates later
-    held_out: list[HeldOutImage]
+    held_out: list[HeldOutImage]  # none: the bundle has no threshold until it is calibrated
 
 
 class Manifest(Record):
@@ -110,24 +111,26 @@ class Bundle:
     def digest(self) -> str:
         return self.manifest.graph.sha256
 
-    def default_calibration(self) -> Calibration:
-        """The threshold from the held-out normal images, at 1 % or the finest rate they allow."""
+    def default_calibration(self) -> Calibration | None:
+        """The threshold from the held-out normal images, at 1 % or the finest rate they allow.
+
+        None for an imported network that came without any.
+        """
         scores = np.array([image.score for image in self.manifest.data.held_out])
+        if not len(scores):
+            return None
         return Calibration("bundle", default_target_fpr(len(scores)), scores)
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(f"{path}: {where}: {first['msg']}") from error
-    if len(manifest.data.held_out) < 1:
-        raise BundleError(f"{path}: data.held_out: a bundle needs at least one held-out image")
-    return manifest
 
 
 def _read_graph(path: Path, expected: str) -> bytes:

@@ -5,6 +5,7 @@ ServiceError
 ├── UnknownModel            404  no such model or version
 ├── UnknownCalibration      404  no such calibration
 ├── DigestMismatch          409  another graph than the caller insists on
+├── Uncalibrated            409  the model has no threshold, and the request gives none
 ├── TooLarge                413  bytes or pixels beyond the limit
 ├── UnsupportedFormat       415  an image format or pixel type that is not read
 ├── InvalidParameter        422  a parameter out of its bounds
@@ -42,6 +43,10 @@ class UnknownCalibration(ServiceError):
 
 class DigestMismatch(ServiceError):
     status, title = 409, "Another graph serves"
+
+
+class Uncalibrated(ServiceError):
+    status, title = 409, "No threshold"
 
 
 class TooLarge(ServiceError):

@@ -23,6 +23,7 @@ from service.errors import (
     TooFewSamples,
     TooLarge,
     TrainedOn,
+    Uncalibrated,
     UnknownCalibration,
     UnsupportedFormat,
 )
@@ -97,12 +98,13 @@ class Inspector:
     ) -> Inspected:
         """Score one encoded image and decide; `encode` puts the picture into the JSON as base64.
 
-        Raises the errors of `image.decode` and `Batcher.submit`.
+        Raises the errors of `image.decode` and `Batcher.submit`, and Uncalibrated where there is
+        no threshold to decide by.
         """
+        _limit(model, threshold)  # refused before the work, not after it
         decoded, decode_s = await self._timed(lambda: self._decode(data, model))
         answer = await model.batcher.submit(decoded.resized)
-        calibration = model.calibration  # read once: it may be replaced at any time
-        limit = calibration.threshold if threshold is None else float(np.float32(threshold))
+        calibration, limit = _limit(model, threshold)  # once: it may be replaced at any time
 
         def depict() -> tuple[bytes | None, str | None, list[regions.Region]]:
             anomaly_map = answer.prediction.anomaly_map
@@ -122,8 +124,8 @@ class Inspector:
             threshold=limit,
             threshold_source="calibration" if threshold is None else "request",
             decision=decide(score, limit),
-            p_value=calibration.p_value(score),
-            calibration=CalibrationReference.of(calibration),
+            p_value=calibration.p_value(score) if calibration else None,
+            calibration=CalibrationReference.of(calibration) if calibration else None,
             regions=[RegionOut(**asdict(region)) for region in found],
             heatmap=text,
             timing_ms=Timing(
@@ -195,11 +197,16 @@ class Inspector:
         return CalibrationOut.of(replace(stored, active=True))
 
     async def deactivate(self, model: Model) -> CalibrationReference:
-        """Go back to the threshold of the model's own bundle."""
+        """Go back to the threshold of the model's own bundle; Uncalibrated where it has none."""
+        calibration = model.bundle.default_calibration()
+        if calibration is None:
+            raise Uncalibrated(
+                f"the bundle of {model.name}/{model.bundle.version} brought no threshold to go "
+                "back to: activate another calibration instead"
+            )
 
         def drop() -> tuple[Calibration, Calibration]:
             self._store.deactivate(model.graph)
-            calibration = model.bundle.default_calibration()
             return calibration, calibration
 
         return CalibrationReference.of(await self._store_then_use(model.graph, drop))
@@ -330,6 +337,19 @@ class Inspector:
         name = inspection.model.name
         self._metrics.image_score.labels(name).observe(inspection.score)
         self._metrics.decisions.labels(name, inspection.decision).inc()
+
+
+def _limit(model: Model, threshold: float | None) -> tuple[Calibration | None, float]:
+    """The calibration in force, and the threshold to decide by: the request's, if it has one."""
+    calibration = model.calibration
+    if threshold is not None:
+        return calibration, float(np.float32(threshold))
+    if calibration is None:
+        raise Uncalibrated(
+            f"model {model.name}/{model.bundle.version} has no threshold: calibrate it with "
+            "POST /v1/calibrate, or give threshold=..."
+        )
+    return calibration, calibration.threshold
 
 
 def _distinct(scored: list[_Scored]) -> tuple[list[Sample], list[str]]:

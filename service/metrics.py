@@ -57,7 +57,10 @@ class Metrics:
             registry=registry,
         )
         self.threshold = Gauge(
-            "skrd4ad_threshold", "Threshold in force.", ["model"], registry=registry
+            "skrd4ad_threshold",
+            "Threshold in force; NaN while a model has none.",
+            ["model"],
+            registry=registry,
         )
         self.calibration_samples = Gauge(
             "skrd4ad_calibration_samples",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Model:
     bundle: Bundle
     detector: Detector
     batcher: Batcher
-    calibration: Calibration
+    calibration: Calibration | None  # None: an imported network that nobody calibrated yet
     trained: frozenset[str]  # digests of the files it was trained on
 
     @property
@@ -174,14 +175,12 @@ class Registry:
             trained=frozenset(bundle.manifest.data.trained),
         )
         log.info(
-            "loaded %s version %d (%s) on %s; threshold %.4f from %s, %d samples",
+            "loaded %s version %d (%s) on %s; %s",
             name,
             version,
             bundle.digest[:12],
             detector.provider,
-            model.calibration.threshold,
-            model.calibration.id,
-            model.calibration.samples,
+            _threshold_of(model),
         )
         return model
 
@@ -193,11 +192,25 @@ class Registry:
     def _publish(self, model: Model) -> None:
         """The newest version's threshold, which is what requests get that name no version."""
         if model.bundle.version == self._newest[model.name]:
-            self._metrics.threshold.labels(model.name).set(model.calibration.threshold)
-            self._metrics.calibration_samples.labels(model.name).set(model.calibration.samples)
+            calibration = model.calibration
+            threshold, samples = (
+                (calibration.threshold, calibration.samples) if calibration else (math.nan, 0)
+            )
+            self._metrics.threshold.labels(model.name).set(threshold)
+            self._metrics.calibration_samples.labels(model.name).set(samples)
 
     def _names(self) -> str:
         return ", ".join(self._newest)
+
+
+def _threshold_of(model: Model) -> str:
+    calibration = model.calibration
+    if calibration is None:
+        return "no threshold yet: calibrate it, or give one with each request"
+    return (
+        f"threshold {calibration.threshold:.4f} from {calibration.id}, "
+        f"{calibration.samples} samples"
+    )
 
 
 def _labels(model: Model) -> tuple[str, ...]:

@@ -122,9 +122,15 @@ class Inspection(BaseModel):
     ]
     decision: Annotated[Decision, Field(description="`anomalous` where score >= threshold")]
     p_value: Annotated[
-        float, Field(description="share of normal images expected to score this high or higher")
+        float | None,
+        Field(
+            description="share of normal images expected to score this high or higher; null where "
+            "the model is not calibrated"
+        ),
     ]
-    calibration: CalibrationReference
+    calibration: Annotated[
+        CalibrationReference | None, Field(description="null where the model is not calibrated")
+    ]
     regions: Annotated[
         list[RegionOut], Field(description="highest peak first; empty where decision is normal")
     ]
@@ -231,12 +237,14 @@ class ModelOut(BaseModel):
     backbone: str
     teacher: dict[str, str]
     provider: str
-    threshold: float
-    calibration: CalibrationReference
+    threshold: Annotated[
+        float | None, Field(description="null until an imported model is calibrated")
+    ]
+    calibration: CalibrationReference | None
 
     @classmethod
     def of(cls, model: Model, versions: list[int]) -> "ModelOut":
-        manifest = model.bundle.manifest
+        manifest, calibration = model.bundle.manifest, model.calibration
         return cls(
             name=model.name,
             version=model.bundle.version,
@@ -248,8 +256,8 @@ class ModelOut(BaseModel):
             backbone=manifest.network.backbone,
             teacher=manifest.teacher.model_dump(),
             provider=model.detector.provider,
-            threshold=model.calibration.threshold,
-            calibration=CalibrationReference.of(model.calibration),
+            threshold=calibration.threshold if calibration else None,
+            calibration=CalibrationReference.of(calibration) if calibration else None,
         )
 
 

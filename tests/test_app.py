@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -643,6 +643,63 @@ def test_a_calibration_of_a_graph_that_was_replaced_is_409(
         assert inspect(client, encoded(picture())).json()["calibration"]["id"] == "bundle"
         response = client.post(f"/v1/calibrations/{made['id']}/activate")
         assert_problem(response, 409, made["model"]["digest"])
+
+
+@pytest.fixture
+def uncalibrated(settings: Settings, write_bundle: Write) -> Iterator[TestClient]:
+    """The app with an imported network, whose bundle brought no normal images."""
+    write_bundle(scores=())
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_a_model_without_a_threshold_is_409_and_says_what_to_do(uncalibrated: TestClient) -> None:
+    for data in (encoded(spotted()), b"refused before it is decoded"):
+        answer = inspect(uncalibrated, data)
+        problem = assert_problem(answer, 409, "part/1 has no threshold", "/v1/calibrate")
+        assert problem["type"] == "urn:skrd4ad:problem:uncalibrated"
+
+
+def test_a_model_without_a_threshold_takes_the_requests(uncalibrated: TestClient) -> None:
+    answer = inspect(uncalibrated, encoded(spotted(0.8)), threshold=0.5).json()
+    assert (answer["decision"], answer["threshold_source"]) == ("anomalous", "request")
+    assert answer["p_value"] is None and answer["calibration"] is None
+    assert len(answer["regions"]) == 1
+
+    headers = {"Content-Type": "image/png", "Accept": "image/png"}
+    picture = uncalibrated.post(
+        "/v1/inspect", content=encoded(spotted()), params={"threshold": 0.5}, headers=headers
+    )
+    assert picture.headers["x-decision"] == "anomalous"
+    assert "x-p-value" not in picture.headers and "x-calibration-id" not in picture.headers
+
+
+def test_a_model_without_a_threshold_is_ready_and_told_as_such(uncalibrated: TestClient) -> None:
+    assert uncalibrated.get("/readyz").status_code == 200
+    (model,) = uncalibrated.get("/v1/models").json()
+    assert model["threshold"] is None and model["calibration"] is None
+    metrics = uncalibrated.get("/metrics").text
+    assert 'skrd4ad_threshold{model="part"} NaN' in metrics
+    assert 'skrd4ad_calibration_samples{model="part"} 0.0' in metrics
+
+
+def test_calibrating_gives_a_model_its_first_threshold(uncalibrated: TestClient) -> None:
+    made = calibrate(uncalibrated, normal_pictures(19), target_fpr=0.05)
+    assert made.status_code == 201
+
+    answer = inspect(uncalibrated, encoded(spotted())).json()
+    assert answer["threshold"] == made.json()["threshold"] and answer["p_value"] == 1 / 20
+    (model,) = uncalibrated.get("/v1/models").json()
+    assert model["calibration"]["id"] == made.json()["id"]
+    assert 'skrd4ad_calibration_samples{model="part"} 19.0' in uncalibrated.get("/metrics").text
+
+
+def test_there_is_no_way_back_to_a_threshold_that_never_was(uncalibrated: TestClient) -> None:
+    calibrate(uncalibrated, normal_pictures(19), target_fpr=0.05)
+
+    refusal = uncalibrated.post("/v1/calibrations/deactivate")
+    assert_problem(refusal, 409, "part/1 brought no threshold")
+    assert inspect(uncalibrated, encoded(spotted())).json()["decision"] == "anomalous"
 
 
 def test_a_rate_near_one_is_answered_like_any_other(client: TestClient) -> None:

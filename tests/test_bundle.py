@@ -80,13 +80,8 @@ def test_a_manifest_that_is_no_json_is_refused(write_bundle: Write) -> None:
         Bundle(bundle.folder)
 
 
-def test_a_bundle_without_held_out_images_is_refused(write_bundle: Write) -> None:
-    bundle = write_bundle(scores=(0.1,))
-    data = json.loads((bundle.folder / "manifest.json").read_text())["data"]
-    edit_manifest(bundle, data=data | {"held_out": []})
-
-    with pytest.raises(BundleError, match="at least one held-out image"):
-        Bundle(bundle.folder)
+def test_a_bundle_without_held_out_images_has_no_threshold(write_bundle: Write) -> None:
+    assert write_bundle(scores=()).default_calibration() is None
 
 
 def test_a_bundle_is_never_overwritten(write_bundle: Write) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 from scipy.stats import binomtest
 
 from service.bundle import Bundle
-from service.calibration import decide
+from service.calibration import Calibration, decide
 from service.detector import Detector, Device, Prediction
 from training import data, datasets
 from training.datasets import TestImage
+from training.errors import TrainingError
 from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
 from training.progress import progress
 
@@ -119,7 +120,8 @@ def evaluate(
 ) -> Report:
     """Metrics of the bundle in `folder` on the test images of `root`, found by `labelled_images`.
 
-    Raises TrainingError for a folder without labelled images, and BundleError.
+    Raises TrainingError for a folder without labelled images and a bundle without a threshold, and
+    BundleError.
     """
     scored = score_images(
         folder, root, layout=layout, category=category, device=device, strict=strict
@@ -138,6 +140,7 @@ def score_images(
 ) -> Scored:
     """Scores and maps of the test images, their pixels not kept; raises as `evaluate` does."""
     bundle = Bundle(folder)
+    default_calibration(bundle)  # refused before the work, not after it
     tests = labelled_images(bundle, root, layout, category)
     size = bundle.manifest.image_size
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
@@ -160,10 +163,20 @@ def score_images(
     )
 
 
+def default_calibration(bundle: Bundle) -> Calibration:
+    """The bundle's own; raises TrainingError for an imported one without normal images."""
+    calibration = bundle.default_calibration()
+    if calibration is None:
+        raise TrainingError(
+            f"{bundle.folder}: has no threshold of its own to evaluate: import it with --normals"
+        )
+    return calibration
+
+
 def report_on(scored: Scored) -> Report:
     """All metrics of scored images, at the bundle's own threshold."""
     bundle, scores = scored.bundle, scored.scores
-    calibration = bundle.default_calibration()
+    calibration = default_calibration(bundle)
     report = score_report(scored.tests, scores, calibration.threshold)
     kept = [i for i, mask in enumerate(scored.masks) if mask is not None]
     pixel = None

@@ -33,7 +33,14 @@ from training import checkpoint as checkpoints
 from training import data
 from training.charts import Axis, Chart, axis_over, histogram
 from training.errors import TrainingError
-from training.evaluate import Rate, Report, Scored, report_on, score_images
+from training.evaluate import (
+    Rate,
+    Report,
+    Scored,
+    default_calibration,
+    report_on,
+    score_images,
+)
 from training.metrics import ImageMetrics, PixelMetrics
 
 TEMPLATE = "report.html.jinja"
@@ -160,7 +167,7 @@ def render(scored: Scored, report: Report, *, worst: int, command: str) -> str:
     environment.filters |= {"percent": percent, "number": number}
     environment.filters |= {"figure": figure, "setting": setting}
     bundle = scored.bundle
-    calibration = bundle.default_calibration()
+    calibration = default_calibration(bundle)
     anomalous = np.array([test.anomalous for test in scored.tests])
     scores = scored.scores
     held_out = np.array([one.score for one in bundle.manifest.data.held_out])
