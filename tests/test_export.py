@@ -277,6 +277,7 @@ def test_the_manifest_tells_network_teacher_and_training(bundle, run):
         "skips": "sk",
         "bottleneck": "mff",
         "refinement": False,
+        "border": "half-sample",
         "consistency_rate": 0.005,
         "embedding_planes": 32,
     }

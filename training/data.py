@@ -54,6 +54,15 @@ class Images:
     digests: list[str]  # SHA-256 of each file
     failed: dict[Path, str]
 
+    def distinct(self) -> list[int]:
+        """Indices of the images that are no copy of an earlier one, ascending.
+
+        Told by their pixels, since saving a picture anew changes the file and nothing else.
+        """
+        digests = [image.digest(pixels.tobytes()) for pixels in self.pixels]
+        first = {digest: index for index, digest in reversed(list(enumerate(digests)))}
+        return sorted(first.values())
+
 
 def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -> Images:
     """Decode and resize files with all cores; unreadable ones are named and skipped.

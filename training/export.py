@@ -1,11 +1,12 @@
-"""Checkpoint -> one fused, checked ONNX graph in a bundle.
+"""A network -> one fused, checked ONNX graph in a bundle.
 
 image uint8 (N, H, W, 3) ─► normalise ─► teacher ─► bottleneck ─► decoder
     ─► cosine distances ─► upsample, sum, blur ─► anomaly_map (N, H, W), image_score (N,)
 """
 
+import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,13 +19,22 @@ from torch import Tensor, nn
 
 from service import bundle as bundles
 from service import image
-from service.bundle import Bundle, Graph, HeldOutImage, Manifest, Network, Teacher, TrainingData
+from service.bundle import (
+    NAME_PATTERN,
+    Bundle,
+    Graph,
+    HeldOutImage,
+    Manifest,
+    Network,
+    Teacher,
+    TrainingData,
+)
 from service.detector import Detector
 from training import checkpoint as checkpoints
 from training import data
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
-from training.model import AnomalyMap, ReverseDistillation, from_settings
+from training.model import AnomalyMap, ReverseDistillation, TeacherWeights, from_settings
 
 Weights = Literal["float32", "float16"]
 
@@ -51,6 +61,18 @@ class Scorer(nn.Module):
         return scored
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a manifest tells beside the graph: the network, its teacher and its data."""
+
+    network: Network
+    teacher: TeacherWeights
+    trained: list[str]  # SHA-256 of each file
+    fingerprint: str
+    training: dict[str, str | int | float | bool | None]
+    metrics: dict[str, float]
+
+
 def export(
     models: Path,
     name: str,
@@ -62,41 +84,19 @@ def export(
 ) -> Bundle:
     """Write `models/name/version` from the run's checkpoint.
 
-    Raises TrainingError for a run that has not ended, unless `unfinished`, and where the graph's
-    answers differ from the network's by more than PARITY_LIMIT, and says by how much.
+    Raises TrainingError for a run that has not ended, unless `unfinished`, and as `write_bundle`.
     """
     folder = models / name / "checkpoint"
     run = checkpoints.read(folder)
-    version = version or max(bundles.versions(models, name), default=0) + 1
-    target = models / name / str(version)
-    if target.exists():
-        raise TrainingError(f"{target}: exists, and a bundle is never overwritten")
+    target = new_version(models, name, version)
     if not run.finished and not unfinished:
         raise TrainingError(
             f"the run stopped at epoch {run.epoch} of {run.settings.epochs}: go on with `train "
             "--resume`, or export it as it is with --unfinished"
         )
-
     scorer = load_scorer(run, folder)
     held_out = _held_out_images(run, data_folder or Path(run.settings.data))
-    exact = to_onnx(scorer, run.settings.image_size)
-    parity = check_parity(exact, scorer, held_out.pixels[:5])
-    graph = halve_weights(exact) if weights == "float16" else exact
-
-    scores = score(Detector(graph, run.settings.image_size, "cpu"), held_out.pixels)
-    rounding = 0.0 if graph is exact else _rounding(exact, scores, held_out.pixels)
-    manifest = Manifest(
-        name=name,
-        version=version,
-        created=datetime.now(UTC).replace(microsecond=0),
-        image_size=run.settings.image_size,
-        graph=Graph(
-            sha256=image.digest(graph),
-            opset=OPSET,
-            weights=weights,
-            parity=parity,
-            weight_rounding=rounding,
-        ),
+    origin = Origin(
         network=Network(
             architecture=run.settings.architecture,
             backbone=run.settings.backbone,
@@ -106,17 +106,78 @@ def export(
             consistency_rate=run.settings.consistency_rate,
             embedding_planes=scorer.model.embedding_planes,
         ),
-        teacher=Teacher(**asdict(run.teacher)),
-        data=TrainingData(
-            fingerprint=run.data_fingerprint,
-            trained=list(run.trained.values()),
-            held_out=[
-                HeldOutImage(file=file, sha256=digest, score=float(value))
-                for (file, digest), value in zip(run.held_out.items(), scores, strict=True)
-            ],
-        ),
+        teacher=run.teacher,
+        trained=list(run.trained.values()),
+        fingerprint=run.data_fingerprint,
         training=_portable_settings(run),
         metrics={"epochs": run.epoch, **({"loss": run.losses[-1]} if run.losses else {})},
+    )
+    size = run.settings.image_size
+    return write_bundle(target, scorer, size, origin, run.held_out, held_out.pixels, weights)
+
+
+def new_version(models: Path, name: str, version: int | None) -> Path:
+    """The folder that a bundle is to be written to: by default one more than the newest.
+
+    Raises TrainingError where it exists, and for a name that the service could not be asked for.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise TrainingError(f"--name {name}: must match {NAME_PATTERN}")
+    version = version or max(bundles.versions(models, name), default=0) + 1
+    target = models / name / str(version)
+    if target.exists():
+        raise TrainingError(f"{target}: exists, and a bundle is never overwritten")
+    return target
+
+
+def write_bundle(
+    target: Path,
+    scorer: Scorer,
+    image_size: tuple[int, int],
+    origin: Origin,
+    held_out: dict[str, str],
+    pixels: np.ndarray,
+    weights: Weights,
+) -> Bundle:
+    """Make the graph, check it, score the held-out images and write the bundle.
+
+    `held_out` maps names to SHA-256, `pixels` are the same images, uint8 (N, H, W, 3), N from 0 on.
+    Raises TrainingError where the graph's answers differ from the network's by more than
+    PARITY_LIMIT, or float16 weights change scores by more than ROUNDING_LIMIT.
+    """
+    exact = to_onnx(scorer, image_size)
+    parity = check_parity(exact, scorer, pixels[:5])
+    graph = halve_weights(exact) if weights == "float16" else exact
+
+    probes = pixels if len(pixels) else _noise(image_size)
+    scores = score(Detector(graph, image_size, "cpu"), probes)
+    rounding = 0.0 if graph is exact else _rounding(exact, scores, probes)
+    manifest = Manifest(
+        name=target.parent.name,
+        version=int(target.name),
+        created=datetime.now(UTC).replace(microsecond=0),
+        image_size=image_size,
+        graph=Graph(
+            sha256=image.digest(graph),
+            opset=OPSET,
+            weights=weights,
+            parity=parity,
+            weight_rounding=rounding,
+        ),
+        network=origin.network,
+        teacher=Teacher(**asdict(origin.teacher)),
+        data=TrainingData(
+            fingerprint=origin.fingerprint,
+            trained=origin.trained,
+            held_out=[
+                HeldOutImage(file=file, sha256=digest, score=float(value))
+                for (file, digest), value in zip(
+                    held_out.items(), scores[: len(pixels)], strict=True
+                )
+            ],
+        ),
+        training=origin.training,
+        metrics=origin.metrics,
     )
     bundles.write(target, manifest, graph)
     return Bundle(target)
@@ -193,14 +254,14 @@ def halve_weights(graph: bytes) -> bytes:
 def check_parity(graph: bytes, scorer: Scorer, real: np.ndarray) -> float:
     """Largest relative difference of the graph's scores and maps from torch's.
 
-    On real and on random images, in batches of 1, 2 and 5. Raises TrainingError beyond
-    PARITY_LIMIT.
+    On real (where there are any) and on random images (N, H, W, 3), in batches of 1, 2 and 5.
+    Raises TrainingError beyond PARITY_LIMIT.
     """
     height, width = real.shape[1:3]
     detector = Detector(graph, (height, width), "cpu")
-    noise = np.random.default_rng(0).integers(0, 256, (5, height, width, 3), np.uint8)
+    noise = _noise((height, width))
     differences = []
-    for images in (np.resize(real, (5, height, width, 3)), noise):
+    for images in (np.resize(real, noise.shape), noise) if len(real) else (noise,):
         for count in (1, 2, 5):
             with torch.inference_mode():
                 expected_maps, expected_scores = scorer(torch.from_numpy(images[:count]))
@@ -225,8 +286,12 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+def _noise(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, *size, 3), np.uint8)
+
+
 def _rounding(exact: bytes, rounded: np.ndarray, images: np.ndarray) -> float:
-    """Largest relative change of a held-out image's score by storing weights in float16."""
+    """Largest relative change of an image's score by storing weights in float16."""
     height, width = images.shape[1:3]
     before = score(Detector(exact, (height, width), "cpu"), images)
     rounding = float((np.abs(rounded - before) / before).max())

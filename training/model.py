@@ -365,11 +365,16 @@ def _load_from_hub(teacher: Teacher, backbone: str, licence: str) -> TeacherWeig
         ) from error
     state = pretrained.state_dict()
     _load_strictly(teacher, state, Path(name))
+    stated = str(pretrained.pretrained_cfg.get("license") or "")
+    return TeacherWeights(f"timm/{name}", digest_of(state), stated or licence or NOT_STATED)
+
+
+def digest_of(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and values, for weights that don't come as a file of their own."""
     sha256 = hashlib.sha256()
     for key in sorted(state):
         sha256.update(key.encode() + state[key].cpu().contiguous().numpy().tobytes())
-    stated = str(pretrained.pretrained_cfg.get("license") or "")
-    return TeacherWeights(f"timm/{name}", sha256.hexdigest(), stated or licence or NOT_STATED)
+    return sha256.hexdigest()
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -397,16 +402,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> None:
     wanted = teacher.weights
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
-    missing = sorted(set(wanted) - set(state) - optional)
-    misshaped = sorted(
-        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in set(wanted) & set(state)
-        if state[key].shape != wanted[key].shape
-    )
-    if missing or misshaped:
-        problems = [f"missing {_shortened(missing)}"] if missing else []
-        problems += [f"misshaped {_shortened(misshaped)}"] if misshaped else []
+    if problems := differences(wanted, state):
         raise TrainingError(
             f"teacher weights {path}: {'; '.join(problems)}. Is it another network than --backbone "
             "says?"
@@ -415,7 +411,20 @@ def _load_strictly(teacher: Teacher, state: dict[str, Tensor], path: Path) -> No
     teacher.network.model.load_state_dict(known, strict=False)
 
 
-def _shortened(names: list[str], count: int = 12) -> str:
+def differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """What given weights lack, or have in another shape, in words; counters may be missing."""
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
+    missing = sorted(set(wanted) - set(given) - optional)
+    misshaped = sorted(
+        f"{key} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in set(wanted) & set(given)
+        if given[key].shape != wanted[key].shape
+    )
+    problems = [f"missing {shortened(missing)}"] if missing else []
+    return problems + ([f"misshaped {shortened(misshaped)}"] if misshaped else [])
+
+
+def shortened(names: list[str], count: int = 12) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 

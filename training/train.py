@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from service import image
 from service.bundle import NAME_PATTERN
 from training import checkpoint as checkpoints
 from training import data, datasets, distributed
@@ -178,10 +177,8 @@ def _start(
     )
     loaded = data.load(paths, settings.image_size, strict=settings.strict, what="normal images")
     names = [str(path.relative_to(root)) for path in loaded.paths]
-    # A copy of a trained image among the held-out ones would break the promised rate; copies are
-    # told by their pixels, since saving a picture anew changes the file and nothing else.
-    pixels = [image.digest(one.tobytes()) for one in loaded.pixels]
-    kept = sorted({digest: index for index, digest in reversed(list(enumerate(pixels)))}.values())
+    # A copy of a trained image among the held-out ones would break the promised rate.
+    kept = loaded.distinct()
     if len(kept) < len(names):
         log.warning("left out %d copies of other pictures", len(names) - len(kept))
     together = [groups[loaded.paths[index]] for index in kept] if groups else None
