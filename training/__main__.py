@@ -7,7 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from service.errors import ServiceError
 from training.errors import TrainingError
@@ -21,9 +21,10 @@ from training.flags import (
     positive,
     read_plan,
 )
-from training.settings import ARCHITECTURES, Settings
+from training.settings import ARCHITECTURES, BACKBONES, ImportFormat, Settings
 
 if TYPE_CHECKING:
+    from service.bundle import Bundle
     from training.checkpoint import Checkpoint
 
 INTERRUPTED = 130
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_export(commands)
+    _add_import(commands)
     _add_evaluate(commands)
     _add_report(commands)
     _add_rehearse(commands)
@@ -155,15 +157,87 @@ def _export(arguments: argparse.Namespace) -> int:
         data_folder=arguments.data,
         unfinished=arguments.unfinished,
     )
+    _tell(bundle)
+    return 0
+
+
+def _tell(bundle: "Bundle") -> None:
+    """What was written, and what its threshold promises."""
     calibration, graph = bundle.default_calibration(), bundle.manifest.graph
     print(
         f"wrote {bundle.folder}: {len(bundle.read_graph()) / 1e6:.1f} MB, opset {graph.opset}, "
-        f"difference from torch {graph.parity:.1e}\n"
+        f"difference from torch {graph.parity:.1e}"
+    )
+    if calibration is None:
+        print("no threshold: calibrate it (POST /v1/calibrate), or import again with --normals")
+        return
+    print(
         f"default threshold {calibration.threshold:.4f} at a false-positive rate of "
         f"{calibration.target_fpr:.3g}, from {calibration.samples} held-out normal images"
     )
     if calibration.target_fpr > 0.01:
         print("that is the finest rate they allow: 0.01 needs 99 held-out images")
+
+
+def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "import",
+        help="checkpoint of a public code -> bundle",
+        description="Turn a checkpoint that RD4AD, SK-RD4AD, DRD or anomalib wrote into the bundle "
+        "MODELS/NAME/VERSION, without training.",
+    )
+    add = parser.add_argument
+    add("--format", choices=get_args(ImportFormat), required=True, help="the code that wrote it")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help=".pth, or anomalib's .ckpt")
+    add("--backbone", choices=tuple(BACKBONES), required=True, help="the network's teacher")
+    add(
+        "--teacher-weights",
+        metavar="hub|FILE",
+        help="default: torchvision's ImageNet weights by timm; anomalib's .ckpt holds its own",
+    )
+    add("--teacher-licence", metavar="TEXT", default="", help="recorded where none is stated")
+    add("--name", required=True, help="the model's name: a product or a view")
+    add("--models", type=Path, default=Path("models"), help="default: models")
+    add(
+        "--image-size",
+        type=positive,
+        nargs="+",
+        metavar=("H", "W"),
+        help="default: the .ckpt's; 256 256 for a .pth",
+    )
+    add(
+        "--normals",
+        type=Path,
+        metavar="DIR",
+        help="pictures of normal parts that were not trained on, for the default threshold",
+    )
+    add("--version", type=positive, help="default: one more than the newest")
+    add(
+        "--weights",
+        choices=("float32", "float16"),
+        default="float32",
+        help="how weights are stored; float16 halves the file (default: float32)",
+    )
+    parser.set_defaults(command=_import)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from training.importers import import_checkpoint
+
+    bundle = import_checkpoint(
+        arguments.checkpoint,
+        arguments.format,
+        arguments.backbone,
+        arguments.models,
+        arguments.name,
+        teacher_weights=arguments.teacher_weights,
+        teacher_licence=arguments.teacher_licence,
+        size=image_size(arguments.image_size) if arguments.image_size else None,
+        normals=arguments.normals,
+        version=arguments.version,
+        weights=arguments.weights,
+    )
+    _tell(bundle)
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import tomllib
 from argparse import BooleanOptionalAction
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -20,13 +21,13 @@ from training.settings import (
 )
 
 
-def image_size(sides: list[int]) -> tuple[int, int]:
+def image_size(sides: Sequence[int], what: str = "--image-size") -> tuple[int, int]:
     """(height, width) of one or two sides; each a multiple of 32, as the networks need."""
     if len(sides) > 2:
-        raise TrainingError(f"--image-size takes a height and a width, got {len(sides)} numbers")
+        raise TrainingError(f"{what} takes a height and a width, got {len(sides)} numbers")
     for side in sides:
         if side % 32 or not 32 <= side <= 4096:
-            raise TrainingError(f"--image-size {side}: must be a multiple of 32 from 32 to 4096")
+            raise TrainingError(f"{what} {side}: must be a multiple of 32 from 32 to 4096")
     return sides[0], sides[-1]
 
 

@@ -9,6 +9,7 @@ Skips = Literal["none", "sk", "gated"]
 Bottleneck = Literal["mff", "mfcf", "mff-narrow"]
 Loss = Literal["flattened", "per-location", "dual"]
 FeatureCache = Literal["auto", "memory", "disk", "off"]
+ImportFormat = Literal["rd4ad", "sk-rd4ad", "drd", "anomalib"]
 
 
 @dataclass(frozen=True)
