@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_fixtures import (
     IMAGE_SIZE,
     PLANES,
@@ -182,9 +183,10 @@ def test_a_run_that_was_interrupted_and_resumed_ends_with_the_weights_of_one_tha
         assert [p.name for p in broken.folder.glob("state-*")] == [resumed.state_file]
 
 
-def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_there(tmp_path):
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_there(tmp_path, schedule):
     """Stopped for certain within an epoch: SIGINT arrives while its second batch is computed."""
-    whole = run_settings(tmp_path, 12, epochs=2, models=str(tmp_path / "whole"))
+    whole = run_settings(tmp_path, 12, epochs=2, schedule=schedule, models=str(tmp_path / "whole"))
     train(whole)
     broken = replace(whole, models=str(tmp_path / "broken"))
     forwards = 0
@@ -538,3 +540,20 @@ def test_a_device_that_is_not_there_is_refused_and_auto_takes_the_cpu_in_float32
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"
     assert choose_precision("auto", torch.device("cpu")) == torch.float32
+
+
+def test_a_cosine_schedule_falls_from_the_rate_to_zero(tmp_path):
+    settings = run_settings(tmp_path, 12, epochs=3, schedule="cosine", lr=0.01)
+    used = []
+
+    def record(optimizer, *_):
+        used.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        run = train(settings)
+    finally:
+        hook.remove()
+    total = 3 * run.steps_per_epoch
+    expected = [0.01 * (1 + np.cos(np.pi * step / total)) / 2 for step in range(total)]
+    assert used == pytest.approx(expected) and used[0] == 0.01

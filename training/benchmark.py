@@ -49,7 +49,7 @@ IDLE = ("name", "models", "save_every", "strict", "feature_cache", "feature_memo
 # Settings that make a method; one that differs from its architecture's is part of its name.
 METHOD = (
     *("skips", "bottleneck", "loss", "consistency_rate", "pseudo_anomalies", "refinement"),
-    *("batch_size", "lr", "weight_decay"),
+    *("batch_size", "lr", "schedule", "weight_decay"),
 )
 
 METRICS = {  # column -> heading

@@ -16,6 +16,7 @@ from training.settings import (
     Bottleneck,
     FeatureCache,
     Loss,
+    Schedule,
     Settings,
     Skips,
 )
@@ -94,6 +95,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": positive, "help": f"default: {DEFAULT['epochs']}"},
     "--batch-size": {"type": positive, "help": f"default: {DEFAULT['batch_size']}; DRD's: 4"},
     "--lr": {"type": positive_number, "help": f"default: {DEFAULT['lr']}"},
+    "--schedule": {
+        "choices": get_args(Schedule),
+        "help": "of the learning rate; cosine ends at 0 (default: constant, as published)",
+    },
     "--weight-decay": {"type": rate, "help": "default: 0; DRD's: 1e-5"},
     "--seed": {"type": natural, "help": f"default: {DEFAULT['seed']}"},
     "--device": {"choices": ("auto", "cuda", "cpu"), "help": "default: auto"},

@@ -8,6 +8,7 @@ Skips = Literal["none", "sk", "gated"]
 # `mff-narrow` is anomalib's: inner Bottleneck width of a plain ResNet-50, two blocks for R34.
 Bottleneck = Literal["mff", "mfcf", "mff-narrow"]
 Loss = Literal["flattened", "per-location", "dual"]
+Schedule = Literal["constant", "cosine"]
 FeatureCache = Literal["auto", "memory", "disk", "off"]
 ImportFormat = Literal["rd4ad", "sk-rd4ad", "drd", "anomalib"]
 
@@ -82,6 +83,7 @@ class Settings:
     epochs: int = 200
     batch_size: int = 16
     lr: float = 0.005
+    schedule: Schedule = "constant"
     weight_decay: float = 0.0
     seed: int = 111
     device: str = "auto"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import signal
 import threading
@@ -76,6 +77,8 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         _progress(run) as bar,
     ):
         for indices in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run)
             part = distributed.part(len(indices))
             pixels = torch.from_numpy(images[indices]).to(device)
             rng = np.random.default_rng([settings.seed, run.step, 1])
@@ -137,6 +140,14 @@ def steps(count: int, settings: Settings, first: int) -> Iterator[np.ndarray]:
         done = first - epoch * len(slices) if epoch == first // len(slices) else 0
         for batch in slices[done:]:
             yield order[batch]
+
+
+def learning_rate(run: Checkpoint) -> float:
+    """Of the step to come: a function of the step alone, so that a resumed run has the same."""
+    if run.settings.schedule == "constant":
+        return run.settings.lr
+    done = run.step / (run.settings.epochs * run.steps_per_epoch)
+    return run.settings.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def choose_device(name: str) -> torch.device:
