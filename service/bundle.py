@@ -156,6 +156,7 @@ def write(folder: Path, manifest: Manifest, graph: bytes) -> None:
     (staging / GRAPH_FILE).write_bytes(graph)
     text = json.dumps(manifest.model_dump(mode="json"), indent=2)
     (staging / MANIFEST_FILE).write_text(text + "\n")
+    _read_manifest(staging / MANIFEST_FILE)  # what can't be read back would stop the service
     staging.rename(folder)
 
 

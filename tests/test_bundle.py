@@ -8,7 +8,7 @@ import pytest
 from conftest import brightness_graph, manifest_of
 
 from service import bundle as bundles
-from service.bundle import Bundle
+from service.bundle import Bundle, HeldOutImage
 from service.errors import BundleError
 
 Write = Callable[..., Bundle]
@@ -114,3 +114,18 @@ def test_the_folder_of_one_model_is_not_taken_for_that_of_all(
 def test_a_models_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere: No such file"):
         bundles.names(tmp_path / "nowhere")
+
+
+def test_a_bundle_that_could_not_be_read_back_is_not_written(
+    write_bundle: Write, tmp_path: Path
+) -> None:
+    """A file name that is no UTF-8 makes JSON that nobody reads: it would stop every start."""
+    bundle = write_bundle()
+    images = [HeldOutImage(file="t\udce9le.png", sha256="0" * 64, score=0.1)]
+    data = bundle.manifest.data.model_copy(update={"held_out": images})
+    manifest = bundle.manifest.model_copy(update={"data": data, "version": 2})
+
+    with pytest.raises(BundleError, match="manifest.json"):
+        bundles.write(tmp_path / "part" / "2", manifest, bundle.read_graph())
+
+    assert bundles.versions(tmp_path, "part") == []

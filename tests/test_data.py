@@ -1,6 +1,9 @@
 """Pictures as arrays, what is held out, and what a mask says."""
 
 import logging
+import os
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -183,3 +186,14 @@ def test_an_unreadable_mask_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "mask.png").write_bytes(content)
     with pytest.raises(TrainingError, match=r"mask\.png"):
         data.read_mask(tmp_path / "mask.png", (32, 32))
+
+
+def test_a_picture_whose_name_is_no_text_is_named_and_left_out(tmp_path, caplog):
+    write_picture(tmp_path / "good.png", np.zeros((8, 8, 3), np.uint8))
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xe9le.png"))
+    shutil.copy(tmp_path / "good.png", strange)
+    loaded = data.load([tmp_path / "good.png", strange], (32, 32), strict=False, what="images")
+    assert loaded.paths == [tmp_path / "good.png"]
+    assert loaded.failed == {strange: "its name is not UTF-8"}
+    with pytest.raises(TrainingError, match="not UTF-8"):
+        data.load([strange], (32, 32), strict=True, what="images")

@@ -364,14 +364,20 @@ def altered(net: Published, folder: Path, part: str, **changes: object) -> Path:
             r"misshaped bn.bn_layer.1.conv1.weight \(512, 512, 1, 1\) instead of "
             r"\(512, 512, 3, 3\)",
         ),
-        ("bn", "bn3.weight", torch.full((256,), torch.nan), "not finite bn.bn3.weight"),
+        ("bn", "bn3.weight", torch.full((256,), torch.nan), "not finite.* bn.bn3.weight"),
+        ("bn", "bn3.running_var", torch.full((256,), -1.0), "not finite.* bn.bn3.running_var"),
+        ("bn", "bn3.weight", torch.ones(256).bool(), "no dense.* bn.bn3.weight"),
+        ("bn", "bn3.weight", torch.ones(256).cfloat(), "no dense.* bn.bn3.weight"),
+        # 4 TB if anyone looked at its values.
+        ("bn", "bn3.weight", torch.ones(1).expand(10**12), "misshaped bn.bn3.weight"),
+        ("bn", "module.bn3.weight", torch.ones(256), "bn has tensors twice"),
     ],
 )
 def test_every_tensor_is_accounted_for_by_its_published_name(
     rd4ad, tmp_path, part, key, value, words
 ):
     path = altered(rd4ad, tmp_path, part, **{key: value})
-    with pytest.raises(TrainingError, match=f"official.pth: {words}.*--format and --backbone"):
+    with pytest.raises(TrainingError, match=f"official.pth: {words}"):
         run_import(rd4ad, path, tmp_path / "models")
     assert bundles.versions(tmp_path / "models", "part") == []
 
@@ -537,6 +543,8 @@ def test_a_preparation_that_the_service_does_not_have_needs_a_size(anomalib, tmp
         ({"pre_processor": pre_processor(resize(100, 96))}, "image size 100: must be a multiple"),
         ({"pre_processor": pre_processor(resize(96))}, r"Resize to \[96\]"),
         ({"pre_processor": False}, "pre_processor can't be read"),
+        ({"pre_processor": pre_processor(*[normalise((0,) * 3, (1,) * 3)] * 2)}, "a step twice"),
+        ({"layers": 3}, "layers 3 are not"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -29,6 +29,7 @@ import torch
 
 from service.bundle import Bundle
 from service.detector import Detector
+from service.errors import ServiceError
 from service.image import digest
 from training import data, datasets
 from training.checkpoint import Checkpoint
@@ -91,7 +92,7 @@ def benchmark(grids: list[Grid], out: Path, *, keep: bool = False) -> str:
             log.info("run %d of %d: %s", number, len(planned), told)
             try:
                 row = _run(settings)
-            except TrainingError as error:
+            except (TrainingError, ServiceError, torch.OutOfMemoryError) as error:
                 log.error("%s (%s) failed: %s", told, settings.name, error)
                 failed[told] = str(error)
                 continue
@@ -236,9 +237,7 @@ def setup(row: Row) -> str:
         f"{settings['epochs']} epochs",
         settings["precision"],
         f"embedding of {settings['embedding_planes']} planes",
-        f"{row['trained']} normal images trained on (data {row['data_fingerprint'][:8]}), "
-        f"{row['held_out']} held out",
-        f"{row['promised_rate']:.3g} false positives promised",
+        f"data {row['data_fingerprint'][:8]}",
     ]
     if settings.get("group"):
         told.append(f"grouped by {settings['group']}")
@@ -327,7 +326,8 @@ def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
     for (where, told, name), rows in groups.items():
         tables.setdefault((where, told), {})[name] = rows
     for (where, told), methods in sorted(tables.items()):
-        lines += [f"### {where}", "", f"{told}.", ""]
+        rows = [row for some in methods.values() for row in some]
+        lines += [f"### {where}", "", f"{told}; {_split(rows)}.", ""]
         lines += _table({name: [rows] for name, rows in methods.items()})
     # A mean over data is of one table each.
     if 1 < len(tables) == len({where for where, _ in tables}):
@@ -346,6 +346,18 @@ def _markdown(groups: dict[tuple[str, str, str], list[Row]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _split(rows: list[Row]) -> str:
+    """How many pictures runs had; where pictures are grouped, seeds differ a little."""
+    trained, held_out, promised = (
+        f"{min(values):.3g}" + (f" to {max(values):.3g}" if max(values) > min(values) else "")
+        for values in ([row[k] for row in rows] for k in ("trained", "held_out", "promised_rate"))
+    )
+    return (
+        f"{trained} normal images trained on, {held_out} held out, {promised} false positives "
+        "promised"
+    )
 
 
 def _table(methods: dict[str, list[list[Row]]]) -> list[str]:

@@ -72,8 +72,11 @@ def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -
 
     def load_one(path: Path) -> tuple[np.ndarray, str] | str:
         try:
+            str(path).encode()  # a name that is no text can't stand in any record
             data = path.read_bytes()
             return image.resize(image.decode(data), size), image.digest(data)
+        except UnicodeEncodeError:
+            return "its name is not UTF-8"
         except (ServiceError, OSError) as error:
             return str(error)
 

@@ -180,7 +180,8 @@ def read_plan(file: Path, given: dict[str, list[Any]]) -> list[dict[str, list[An
     """Grids of a plan in TOML: settings by their flags' names, each a value or a list.
 
     Settings at the top hold for every [[grid]]; `given` holds for all and wins. Raises
-    TrainingError for a file that can't be read and for what no flag would accept.
+    TrainingError for a file that can't be read; what no flag would accept ends as it does on the
+    command line.
     """
     try:
         common = tomllib.loads(file.read_text())

@@ -185,8 +185,12 @@ def _fill(
     problems = differences(wanted, tensors)
     if unknown := sorted(set(tensors) - set(wanted)):
         problems.append(f"unknown {shortened(unknown)}")
-    if broken := sorted(key for key, value in tensors.items() if not torch.isfinite(value).all()):
-        problems.append(f"not finite {shortened(broken)}")
+    if strange := sorted(key for key, value in tensors.items() if not _plain(key, value)):
+        problems.append(f"no dense floating-point tensors {shortened(strange)}")
+    # A file may name a tensor of any size: values are looked at where the size is as expected.
+    if not problems:
+        broken = sorted(key for key, value in tensors.items() if not _usable(key, value))
+        problems += [f"not finite, or a negative variance {shortened(broken)}"] if broken else []
     if problems:
         raise TrainingError(
             f"{path}: {'; '.join(problems)}. Is it of another code or network than --format and "
@@ -194,6 +198,17 @@ def _fill(
         )
     known = {key: tensors[theirs] for key, theirs in names.items() if theirs in tensors}
     model.load_state_dict(known, strict=False)
+
+
+def _plain(name: str, tensor: Tensor) -> bool:
+    counter = name.endswith("num_batches_tracked")
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return dense and (counter or tensor.is_floating_point())
+
+
+def _usable(name: str, tensor: Tensor) -> bool:
+    negative = name.endswith("running_var") and bool((tensor < 0).any())
+    return bool(torch.isfinite(tensor).all()) and not negative
 
 
 def _read(path: Path, *, stand_ins: bool) -> dict[str, Any]:
@@ -242,6 +257,8 @@ def _state(path: Path, prefix: str, state: Any, *, drop: bool) -> dict[str, Tens
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise TrainingError(f"{path}: {prefix} is no state dict of tensors")
     names = {key: str(key).removeprefix("module.") for key in state}
+    if len(set(names.values())) < len(names):
+        raise TrainingError(f"{path}: {prefix} has tensors twice, with and without `module.`")
     return {
         f"{prefix}.{name}": state[key]
         for key, name in names.items()
@@ -325,11 +342,12 @@ def _anomalib_preparation(
     """How anomalib prepared its pictures; raises TrainingError for settings not reproduced here."""
     if settings.get("backbone", backbone) != backbone:
         raise TrainingError(f"{path}: its backbone is {settings['backbone']}, not {backbone}")
-    layers = tuple(settings.get("layers", ANOMALIB_LAYERS))
-    if layers != ANOMALIB_LAYERS:
+    layers = settings.get("layers", ANOMALIB_LAYERS)
+    if not isinstance(layers, list | tuple) or tuple(layers) != ANOMALIB_LAYERS:
         raise TrainingError(f"{path}: layers {layers} are not {ANOMALIB_LAYERS}")
     mode = settings.get("anomaly_map_mode", "add")
-    mode = mode.arguments[-1] if isinstance(mode, _Inert) else mode  # the enum's value, or its name
+    if isinstance(mode, _Inert):
+        mode = mode.arguments[-1] if mode.arguments else None  # the enum's value
     if str(mode).lower() != "add":
         raise TrainingError(
             f"{path}: anomaly_map_mode {mode!r}: maps are added here, never multiplied"
@@ -341,6 +359,8 @@ def _anomalib_preparation(
         transform = pre_processor.state["_modules"]["transform"]
         steps = transform.state.get("transforms", [transform])
         states = {type(step).__name__: step.state for step in steps}
+        if len(states) < len(steps):
+            raise TypeError("a step twice")
     except (AttributeError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: its pre_processor can't be read: {error!r}") from error
     return _prepared(path, states, size)
@@ -352,6 +372,7 @@ def _prepared(
     """What torchvision's steps, by the names of their classes, do to a picture."""
     normalise = steps.get("Normalize", {"mean": [0.0] * 3, "std": [1.0] * 3})
     sides = steps.get("Resize", {}).get("size", ())
+    sides = [sides] if isinstance(sides, int) else sides  # the shorter side, aspect kept
     others = sorted(set(steps) - {"Resize", "Normalize"})
     if size is None:
         if others or len(sides) != 2:
