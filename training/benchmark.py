@@ -289,9 +289,12 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def _append(out: Path, row: Row) -> None:
-    with (out / "rows.jsonl").open("a") as file:
-        # On a line of its own, whatever a kill left of the one before.
-        file.write(("\n" if file.tell() else "") + json.dumps(row) + "\n")
+    with (out / "rows.jsonl").open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"  # by a kill: the row begins on a line of its own
+        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
