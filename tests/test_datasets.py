@@ -388,10 +388,13 @@ def test_a_pattern_that_leaves_images_without_a_group_is_refused(tmp_path, patte
         datasets.read(tmp_path).groups(pattern)
 
 
-@pytest.mark.parametrize("folder", ["Data/01/test/ko", "set/part/ground_truth/crack", "a/MT_Free"])
+@pytest.mark.parametrize(
+    "folder", ["Data/01/test/ko", "set/part/ground_truth/crack", "a/MT_Free", "broken"]
+)
 def test_a_data_set_further_down_is_not_taken_for_a_folder_of_normal_images(tmp_path, folder):
     """Else its defects and masks would be trained on."""
-    write_picture(tmp_path / folder / "1.png", np.zeros((8, 8, 3), np.uint8))
+    for name in (folder, "good"):
+        write_picture(tmp_path / name / "1.png", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(TrainingError, match="holds .*give the data set's own folder"):
         datasets.read(tmp_path)
-    assert len(datasets.read(tmp_path, "folder").normal) == 1
+    assert len(datasets.read(tmp_path, "folder").normal) == 2

@@ -310,7 +310,7 @@ def test_where_nothing_reaches_the_threshold_there_is_no_precision(report, label
     "held_out, word",
     [
         ((0.3,), "promise kept"),  # one picture promises a half; none of 13 alarms
-        ((0.3,) * 99, "agrees with the promise"),
+        ((0.3,) * 99, "does not disprove the promise"),
         ((0.05,) * 99, "promise broken"),  # every normal test picture is brighter
     ],
 )

@@ -557,3 +557,15 @@ def test_a_cosine_schedule_falls_from_the_rate_to_zero(tmp_path):
     total = 3 * run.steps_per_epoch
     expected = [0.01 * (1 + np.cos(np.pi * step / total)) / 2 for step in range(total)]
     assert used == pytest.approx(expected) and used[0] == 0.01
+
+
+def test_a_run_goes_on_by_its_name_alone_and_never_backwards(tmp_path, capsys):
+    settings = run_settings(tmp_path, epochs=2)
+    train(settings)
+    words = ["train", "--name", settings.name, "--models", settings.models, "--resume"]
+    assert main([*words, "--epochs", "1"]) == 1
+    assert "--epochs 1, but the run has 2 behind it" in capsys.readouterr().err
+    assert main([*words, "--epochs", "3"]) == 0
+    assert "trained 3 epochs" in capsys.readouterr().out
+    assert main(["train", "--name", "other"]) == 1
+    assert "--data is needed" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -91,12 +92,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _outcome(run: "Checkpoint") -> str:
+    given = run.settings.models
+    models = "" if given == "models" else f" --models {shlex.quote(given)}"
     if not run.finished:
         return (
             f"stopped at epoch {run.epoch} of {run.settings.epochs}, saved in "
-            f"{run.settings.folder}; go on with --resume"
+            f"{run.settings.folder}; go on with:\n"
+            f"  python -m training train --name {run.settings.name}{models} --resume"
         )
-    models = "" if run.settings.models == "models" else f" --models {run.settings.models}"
     return (
         f"trained {run.settings.epochs} epochs, last loss {run.losses[-1]:.4f}; next:\n"
         f"  python -m training export --name {run.settings.name}{models}"
@@ -106,13 +109,21 @@ def _outcome(run: "Checkpoint") -> str:
 def _settings(given: dict[str, object], resume: bool) -> Settings:
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])  # type: ignore[arg-type]
-    given["data"] = str(given["data"])
-    asked = Settings(**given)  # type: ignore[arg-type]
+    if "data" in given:
+        given["data"] = str(given["data"])
+    elif not resume:
+        raise TrainingError("--data is needed: a data set, or a folder of normal images")
+    asked = Settings(**{"data": ""} | given)  # type: ignore[arg-type]
     if not resume:
         return replace(asked, **ARCHITECTURES[asked.architecture] | given)
     from training import checkpoint as checkpoints
 
-    saved = checkpoints.read(asked.folder).settings
+    run = checkpoints.read(asked.folder)
+    saved = run.settings
+    if "epochs" in given and asked.epochs < run.epoch:
+        raise TrainingError(
+            f"--resume: --epochs {asked.epochs}, but the run has {run.epoch} behind it already"
+        )
     # What may differ: where files lie, what computes, and how long to go on.
     free = {"data", "models", "device", "epochs", "save_every", "strict"}
     free |= {"feature_cache", "feature_memory_gb"}

@@ -154,11 +154,12 @@ def _recognise(root: Path, layout: str) -> tuple[str, list[str]]:
 def _refuse_labelled(root: Path) -> None:
     """A data set further down, or in a layout nobody knows, holds defects and masks as well."""
     for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
-        if folder.name.lower() in LABELLED:
+        kinds = folder.name.lower() in ("good", "ok") and len(_folders(folder.parent)) > 1
+        if folder.name.lower() in LABELLED or kinds:
             raise TrainingError(
                 f"{root} looks like a plain folder of normal images, but holds "
-                f"{folder.relative_to(root)}: give the data set's own folder as --data, or "
-                "--layout folder if every image below it is normal"
+                f"{folder.relative_to(root)}{' beside others' if kinds else ''}: give the data "
+                "set's own folder as --data, or --layout folder if every image below it is normal"
             )
 
 

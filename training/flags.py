@@ -128,17 +128,18 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+def add_data(parser: argparse.ArgumentParser, what: str, *, required: bool = True) -> None:
     """The flags of every command that reads a data set."""
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help=what)
+    add("--data", type=Path, required=required, metavar="DIR", help=what)
     add("--category", metavar="NAME", help="which one, where DIR holds several")
     add("--layout", choices=LAYOUTS, help="how DIR is laid out (default: found by its folders)")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The settings of one run."""
-    add_data(parser, "a data set, or any folder of normal images")
+    what = "a data set, or any folder of normal images (with --resume: if it was moved)"
+    add_data(parser, what, required=False)
     parser.add_argument("--name", required=True, help="the model's name: a product or a view")
     parser.add_argument("--models", help="folder of all models (default: models)")
     for flag, options in FLAGS.items():

@@ -255,8 +255,8 @@ def _verdict(false_positives: Rate, calibration: Calibration) -> Verdict:
         )
     return Verdict(
         "open",
-        f"That agrees with the promise of {most}, but {false_positives.total} normal images are "
-        "too few to confirm it.",
+        f"That does not disprove the promise of {most}, but {false_positives.total} normal images "
+        "are too few to confirm it.",
     )
 
 

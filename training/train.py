@@ -203,7 +203,9 @@ def _start(
         steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
     )
     log.info(
-        "training on %d normal images, %d held out%s",
+        "%s, layout %s: training on %d normal images, %d held out%s",
+        root,
+        category.layout,
         len(trained),
         len(held_out),
         f", of {len(set(together))} groups" if together else "",
@@ -221,6 +223,8 @@ def _resume(settings: Settings) -> tuple[np.ndarray, Checkpoint]:
     )
     root = Path(settings.data)
     paths = [root / name for name in run.trained]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise TrainingError(f"{missing}: no such file, but the run was trained on it")
     loaded = data.load(paths, settings.image_size, strict=True, what="normal images")
     changed = [
         name
