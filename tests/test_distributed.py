@@ -148,4 +148,4 @@ def test_an_error_of_one_process_ends_all_and_is_told_once(runs):
 
 
 def test_only_one_process_speaks(runs):
-    assert runs.output.count("INFO training on 8 normal images, 1 held out") == 2, runs.output
+    assert runs.output.count("training on 8 normal images, 1 held out") == 2, runs.output
