@@ -11,6 +11,8 @@ from training.model import ReverseDistillation
 from training.settings import Loss, Settings
 
 Features = list[Tensor]  # (B, C, h, w) of each scale, shallow to deep
+# First and last dimension of (B, C, h, w) along which vectors are compared.
+FLATTENED, PER_LOCATION, PER_CHANNEL = (1, 3), (1, 1), (2, 3)
 SEGMENTATION_RATE = 0.1  # DRD's code
 
 
@@ -67,25 +69,27 @@ def distillation_loss(
     (Deng & Li, CVPR 2022), whose paper's equation (2) averages over places (`per-location`).
     `dual` is per location plus per channel (DRD: Ge et al., Neurocomputing 624, 2025).
     """
-    dimensions = {"flattened": [(1, 3)], "per-location": [(1, 1)], "dual": [(1, 1), (2, 3)]}[kind]
-    losses = [
-        _cosine_distance(e, d, *axes)
-        for e, d in zip(teacher_features, decoder_features, strict=True)
-        for axes in dimensions
-    ]
-    return torch.stack(losses).sum()
+    vectors = {
+        "flattened": [FLATTENED],
+        "per-location": [PER_LOCATION],
+        "dual": [PER_LOCATION, PER_CHANNEL],
+    }
+    return _cosine_distances(teacher_features, decoder_features, vectors[kind])
 
 
 def channel_loss(teacher_features: Features, decoder_features: Features) -> Tensor:
     """Sum over scales of the mean over images and channels of 1 - cosine over places (DRD)."""
-    pairs = zip(teacher_features, decoder_features, strict=True)
-    return torch.stack([_cosine_distance(e, d, 2, 3) for e, d in pairs]).sum()
+    return _cosine_distances(teacher_features, decoder_features, [PER_CHANNEL])
 
 
-def _cosine_distance(a: Tensor, b: Tensor, first: int, last: int) -> Tensor:
-    """Mean of 1 - cosine of the vectors along dimensions `first` to `last`."""
-    a, b = a.flatten(first, last), b.flatten(first, last)
-    return mean(1 - F.cosine_similarity(a, b, dim=first, eps=1e-8))
+def _cosine_distances(a: Features, b: Features, vectors: list[tuple[int, int]]) -> Tensor:
+    """Sum over scales and kinds of vectors of the mean of 1 - cosine."""
+    distances = [
+        mean(1 - F.cosine_similarity(x.flatten(*axes), y.flatten(*axes), axes[0], eps=1e-8))
+        for x, y in zip(a, b, strict=True)
+        for axes in vectors
+    ]
+    return torch.stack(distances).sum()
 
 
 def consistency_loss(teacher_features: Features, decoder_features: Features) -> Tensor:
