@@ -49,16 +49,15 @@ def test_decisions_and_metrics_are_exact(labelled, write_bundle):
     bundle = write_bundle()
     report = evaluate(bundle.folder, labelled, device="cpu")
     assert (report.bundle, report.digest, report.images) == ("part/1", bundle.digest, 9)
-    assert report.target_fpr == 0.01 and report.threshold == pytest.approx(THRESHOLD, rel=1e-4)
-    assert report.false_positives == Rate(1, 4)
-    assert {k: v.detected for k, v in report.kinds.items()} == {
-        "spot": Rate(2, 3),
-        "speck": Rate(2, 2),
-    }
+    made = report.decisions
+    assert made.target_fpr == 0.01 and made.threshold == pytest.approx(THRESHOLD, rel=1e-4)
+    assert made.false_positives == Rate(1, 4)
+    assert made.kinds == {"spot": Rate(2, 3), "speck": Rate(2, 2)}
+    assert made.detected == Rate(4, 5)
     # Of 5 x 4 pairs, the faint spot loses against the too bright normal picture.
     assert report.image.auroc == pytest.approx(19 / 20)
-    assert report.kinds["spot"].auroc == pytest.approx(11 / 12)
-    assert report.kinds["speck"].auroc == 1
+    assert report.kinds["spot"] == pytest.approx(11 / 12)
+    assert report.kinds["speck"] == 1
     assert report.image.f1_max == pytest.approx(10 / 11)
     assert report.image.f1_max_threshold == pytest.approx(64 / 255)
     assert report.image.f1_max_fpr == 1 / 4
@@ -106,7 +105,7 @@ def test_masks_that_are_missing_empty_or_vanished_are_counted_and_left_out(label
     assert report.masks.empty == ["test/spot/1.png"]
     assert report.masks.vanished == ["test/speck/0.png"]
     assert report.pixel.regions == 2 and report.pixel.aupro == pytest.approx(1)
-    assert report.images == 9 and report.kinds["spot"].detected == Rate(2, 3)
+    assert report.images == 9 and report.decisions.kinds["spot"] == Rate(2, 3)
     assert "2 used, 1 missing, 1 empty, 1 vanished" in table(report)
 
 
@@ -126,7 +125,7 @@ def test_pictures_and_masks_of_any_size_are_compared_at_the_maps_size(tmp_path, 
     big_mask = np.repeat(np.repeat(mask(), 3, axis=0), 3, axis=1)
     write_picture(tmp_path / "data/ground_truth/spot/0.png", big_mask)
     report = evaluate(write_bundle().folder, tmp_path / "data", device="cpu")
-    assert report.pixel.aupro > 0.99 and report.kinds["spot"].detected == Rate(1, 1)
+    assert report.pixel.aupro > 0.99 and report.decisions.kinds["spot"] == Rate(1, 1)
 
 
 def test_an_unreadable_picture_is_reported_or_an_error_under_strict(labelled, write_bundle):
@@ -134,7 +133,7 @@ def test_an_unreadable_picture_is_reported_or_an_error_under_strict(labelled, wr
     folder = write_bundle().folder
     report = evaluate(folder, labelled, device="cpu")
     assert list(report.failed) == ["test/spot/0.png"] and report.images == 8
-    assert report.kinds["spot"].detected == Rate(1, 2)
+    assert report.decisions.kinds["spot"] == Rate(1, 2)
     assert "test/spot/0.png: the 10 bytes are not an image" in table(report)
     with pytest.raises(TrainingError, match="test/spot/0.png"):
         evaluate(folder, labelled, device="cpu", strict=True)
@@ -154,6 +153,23 @@ def test_a_rates_interval_has_the_known_values():
     assert str(Rate(1, 4)) == "1/4 = 0.250 [0.006, 0.806]"
 
 
+def test_without_a_threshold_there_are_no_decisions_but_all_that_needs_none(
+    labelled, write_bundle, capsys
+):
+    """As of a network imported without normal images."""
+    bundle = write_bundle(scores=())
+    report = evaluate(bundle.folder, labelled, device="cpu")
+    assert report.decisions is None and report.as_dict()["decisions"] is None
+    assert report.image.auroc == pytest.approx(19 / 20) and report.kinds["speck"] == 1
+    told = table(report)
+    assert "no decisions" in told and "speck  AUROC 1.0000" in told and "detected" not in told
+    argv = ["--bundle", str(bundle.folder), "--data", str(labelled)]
+    assert main(["report", *argv]) == 1
+    assert "has no threshold, and a report is about decisions" in capsys.readouterr().err
+    assert main(["rehearse", *argv]) == 1
+    assert "no held-out images to calibrate with" in capsys.readouterr().err
+
+
 def test_the_command_line_prints_the_table_and_writes_all_of_the_report(
     labelled, write_bundle, tmp_path, capsys
 ):
@@ -162,12 +178,13 @@ def test_the_command_line_prints_the_table_and_writes_all_of_the_report(
     assert main([*argv, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "false positives 1/4 = 0.250" in printed and "image AUROC 0.9500" in printed
-    assert "spot   detected 2/3" in printed and "speck  detected 2/2" in printed
+    assert "spot   AUROC 0.9167   detected 2/3" in printed and "speck  AUROC 1.0000" in printed
     record = json.loads(file.read_text())
     expected = evaluate(folder, labelled, device="cpu").as_dict()
     assert record == json.loads(json.dumps(expected))
-    assert record["false_positives"]["interval_95"] == pytest.approx([0.0063, 0.8059], abs=1e-4)
-    assert record["kinds"]["spot"]["detected"]["rate"] == pytest.approx(2 / 3)
+    decisions = record["decisions"]
+    assert decisions["false_positives"]["interval_95"] == pytest.approx([0.0063, 0.8059], abs=1e-4)
+    assert decisions["kinds"]["spot"]["rate"] == pytest.approx(2 / 3)
     assert record["masks"]["used"] == 5 and record["scores"]["test/good/3.png"] > 0.3
 
 

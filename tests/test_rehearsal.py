@@ -88,13 +88,13 @@ def test_the_service_answers_over_http_as_evaluate_does(bundle, labelled, tmp_pa
     assert record["http"]["image"]["auroc"] == pytest.approx(11 / 12)
 
     # Calibrated over HTTP with the pictures themselves, so the threshold is not the manifest's.
-    assert record["evaluation"]["threshold"] > 0.5
+    assert record["evaluation"]["decisions"]["threshold"] > 0.5
     threshold = record["calibration"]["threshold"]
     assert threshold == pytest.approx(0.2, abs=1e-3)
     assert record["calibration"]["samples"] == HELD_OUT
     assert record["calibration"]["achievable_fpr"] == pytest.approx(0.1)
-    assert record["http"]["false_positives"]["count"] == 1
-    assert record["http"]["detected"]["spot"]["count"] == 3
+    assert record["http"]["decisions"]["false_positives"]["count"] == 1
+    assert record["http"]["decisions"]["kinds"]["spot"]["count"] == 3
 
     # Two of each kind, named by what the service decided.
     names = sorted(p.name for p in pictures.iterdir())
@@ -113,7 +113,7 @@ def test_the_service_answers_over_http_as_evaluate_does(bundle, labelled, tmp_pa
 def test_a_target_can_be_given_and_one_too_fine_is_the_services_refusal(bundle, labelled):
     found = rehearse(bundle.folder, labelled, target_fpr=0.2, device="cpu")
     assert found.calibration["achievable_fpr"] == pytest.approx(0.2)
-    assert found.http.kinds["spot"].detected == Rate(3, 4)
+    assert found.decisions.kinds["spot"] == Rate(3, 4)
     assert "promised false-positive rate 0.2" in table(found)
     with pytest.raises(TrainingError, match=r"calibration: HTTP 422.*at least 99"):
         rehearse(bundle.folder, labelled, target_fpr=0.01, device="cpu")

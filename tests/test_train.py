@@ -210,6 +210,24 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_there(tmp_path, schedul
     assert checkpoints.read(broken.folder).losses == checkpoints.read(whole.folder).losses
 
 
+def test_a_stop_that_comes_too_late_for_the_run_is_handed_on(settings):
+    """Or a benchmark would go on with its next run, and a second signal be needed."""
+
+    def interrupt(module, *_):
+        if type(module).__name__ == "Objective":
+            signal.raise_signal(signal.SIGTERM)
+
+    one_step = replace(settings, epochs=1, batch_size=16)
+    hook = torch.nn.modules.module.register_module_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(one_step)
+    finally:
+        hook.remove()
+    run = checkpoints.read(one_step.folder)
+    assert run.step == run.steps_per_epoch == 1 and run.finished
+
+
 def test_a_finished_run_can_go_on_for_more_epochs(tmp_path):
     longer = run_settings(tmp_path, epochs=3, models=str(tmp_path / "longer"))
     train(longer)
@@ -406,7 +424,9 @@ def test_the_exposures_of_a_tile_are_held_out_together_without_being_told(settin
         name = f"exp{1 + i % 2}_num_{1000 * (i // 2) + i}.jpg"
         write_picture(data / "MT_Free/Imgs" / name, picture)
         path.unlink()
-    run = train(replace(settings, layout="mtd"))
+    run = train(settings)
+    assert run.settings.layout == "mtd"  # found, and recorded
+    assert main(arguments(settings, "--layout", "auto", "--resume")) == 0
     tiles = [{name.split("_num_")[1][:-7] for name in side} for side in (run.trained, run.held_out)]
     assert len(run.trained) == 6 and len(run.held_out) == 2
     assert not tiles[0] & tiles[1]

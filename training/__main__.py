@@ -128,7 +128,8 @@ def _settings(given: dict[str, object], resume: bool) -> Settings:
     free = {"data", "models", "device", "epochs", "save_every", "strict"}
     free |= {"feature_cache", "feature_memory_gb"}
     for name, value in given.items():
-        if name not in free and value != getattr(saved, name):
+        found = name == "layout" and value == "auto"  # which one is recorded
+        if name not in free and not found and value != getattr(saved, name):
             raise TrainingError(
                 f"--resume: {name} {value} contradicts the run's {getattr(saved, name)}"
             )

@@ -163,7 +163,7 @@ def _run(settings: Settings) -> Row:
     shutil.rmtree(models / settings.name / "1", ignore_errors=True)  # of an interrupted export
     bundle = export(models, settings.name, version=1)
     report = evaluate(bundle.folder, root, device="cpu")
-    return _row(run, report, _validate(bundle, root))
+    return _row(run, settings, report, _validate(bundle, root))
 
 
 def _validate(bundle: Bundle, root: Path) -> Validation:
@@ -174,13 +174,13 @@ def _validate(bundle: Bundle, root: Path) -> Validation:
     return validate(Detector(bundle.read_graph(), size, "cpu"), normals)
 
 
-def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
+def _row(run: Checkpoint, planned: Settings, report: Report, validation: Validation) -> Row:
     settings = {k: v for k, v in asdict(run.settings).items() if k not in IDLE}
-    detected = [kind.detected for kind in report.kinds.values()]
-    pixel = report.pixel
+    pixel, decisions = report.pixel, report.decisions
+    assert decisions  # an exported bundle has its own threshold
     return {
         "id": run.settings.name,
-        "data": place(run.settings),
+        "data": place(planned),
         "method": method(run.settings),
         "image_auroc": report.image.auroc,
         "image_ap": report.image.average_precision,
@@ -190,12 +190,12 @@ def _row(run: Checkpoint, report: Report, validation: Validation) -> Row:
         "aupro": pixel.aupro if pixel else None,
         "aupro_005": pixel.aupro_005 if pixel else None,
         "pro_per_image": pixel.pro_per_image if pixel else None,
-        "false_positive_rate": report.false_positives.rate,
-        "detection_rate": sum(d.count for d in detected) / sum(d.total for d in detected),
+        "false_positive_rate": decisions.false_positives.rate,
+        "detection_rate": decisions.detected.rate,
         "drawn_auroc": validation.auroc,
         "drawn_aupro": validation.aupro,
         "drawn_kinds": validation.kinds,
-        "promised_rate": report.target_fpr,
+        "promised_rate": decisions.target_fpr,
         "trained": len(run.trained),
         "held_out": len(run.held_out),
         "loss": run.losses[-1],

@@ -9,11 +9,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 from service.bundle import Bundle
-from service.calibration import Calibration, decide
+from service.calibration import decide
 from service.detector import Detector, Device, Prediction
 from training import data, datasets
 from training.datasets import TestImage
-from training.errors import TrainingError
 from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
 from training.progress import progress
 
@@ -44,11 +43,27 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class KindReport:
-    """One defect type against all normal images."""
+class Decisions:
+    """What a threshold makes of labelled images."""
 
-    auroc: float
-    detected: Rate
+    threshold: float
+    target_fpr: float
+    false_positives: Rate
+    kinds: dict[str, Rate]  # detected, by kind of defect
+
+    @property
+    def detected(self) -> Rate:
+        """Of all kinds together."""
+        rates = self.kinds.values()
+        return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "threshold": self.threshold,
+            "target_fpr": self.target_fpr,
+            "false_positives": self.false_positives.as_dict(),
+            "kinds": {kind: rate.as_dict() for kind, rate in self.kinds.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -66,22 +81,17 @@ class Report:
     bundle: str
     digest: str
     images: int
-    threshold: float
-    target_fpr: float
     image: ImageMetrics
-    false_positives: Rate
-    kinds: dict[str, KindReport]
+    kinds: dict[str, float]  # image AUROC of one kind of defect against all normal images
+    decisions: Decisions | None  # None without a threshold: imported without normal images
     pixel: PixelMetrics | None
     masks: MaskReport
     failed: dict[str, str]
     scores: dict[str, float]  # by path below the data folder
 
     def as_dict(self) -> dict[str, object]:
-        record = asdict(self)
-        record["false_positives"] = self.false_positives.as_dict()
-        for kind, report in self.kinds.items():
-            record["kinds"][kind]["detected"] = report.detected.as_dict()
-        return record
+        decisions = self.decisions.as_dict() if self.decisions else None
+        return asdict(self) | {"decisions": decisions}
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,7 @@ def evaluate(
 ) -> Report:
     """Metrics of the bundle in `folder` on the test images of `root`, found by `labelled_images`.
 
-    Raises TrainingError for a folder without labelled images and a bundle without a threshold, and
-    BundleError.
+    Raises TrainingError for a folder without labelled images, and BundleError.
     """
     scored = score_images(
         folder, root, layout=layout, category=category, device=device, strict=strict
@@ -140,7 +149,6 @@ def score_images(
 ) -> Scored:
     """Scores and maps of the test images, their pixels not kept; raises as `evaluate` does."""
     bundle = Bundle(folder)
-    default_calibration(bundle)  # refused before the work, not after it
     tests = labelled_images(bundle, root, layout, category)
     size = bundle.manifest.image_size
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
@@ -163,21 +171,10 @@ def score_images(
     )
 
 
-def default_calibration(bundle: Bundle) -> Calibration:
-    """The bundle's own; raises TrainingError for an imported one without normal images."""
-    calibration = bundle.default_calibration()
-    if calibration is None:
-        raise TrainingError(
-            f"{bundle.folder}: has no threshold of its own to evaluate: import it with --normals"
-        )
-    return calibration
-
-
 def report_on(scored: Scored) -> Report:
-    """All metrics of scored images, at the bundle's own threshold."""
-    bundle, scores = scored.bundle, scored.scores
-    calibration = default_calibration(bundle)
-    report = score_report(scored.tests, scores, calibration.threshold)
+    """All metrics of scored images, and the decisions at the bundle's own threshold."""
+    bundle, tests, scores = scored.bundle, scored.tests, scored.scores
+    calibration = bundle.default_calibration()
     kept = [i for i, mask in enumerate(scored.masks) if mask is not None]
     pixel = None
     if scored.mask_report.used:
@@ -186,12 +183,12 @@ def report_on(scored: Scored) -> Report:
     return Report(
         bundle=f"{bundle.name}/{bundle.version}",
         digest=bundle.digest,
-        images=len(scored.tests),
-        threshold=calibration.threshold,
-        target_fpr=calibration.target_fpr,
-        image=report.image,
-        false_positives=report.false_positives,
-        kinds=report.kinds,
+        images=len(tests),
+        image=image_metrics(scores, anomalous(tests)),
+        kinds=kind_aurocs(tests, scores),
+        decisions=decisions_at(tests, scores, calibration.threshold, calibration.target_fpr)
+        if calibration
+        else None,
         pixel=pixel,
         masks=scored.mask_report,
         failed=scored.failed,
@@ -224,31 +221,37 @@ def _count_known(bundle: Bundle, loaded: data.Images) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class ScoreReport:
-    """What image scores alone tell."""
-
-    image: ImageMetrics
-    false_positives: Rate
-    kinds: dict[str, KindReport]
+def anomalous(tests: list[TestImage]) -> np.ndarray:
+    return np.array([test.anomalous for test in tests])
 
 
-def score_report(tests: list[TestImage], scores: np.ndarray, threshold: float) -> ScoreReport:
-    """Image metrics and decisions of labelled images from their scores, wherever computed."""
-    anomalous = np.array([t.anomalous for t in tests])
-    decisions = np.array([decide(s, threshold) == "anomalous" for s in scores])
-    kinds = {}
-    for kind in sorted({t.kind for t in tests if t.anomalous}):
-        of_kind = np.array([t.kind == kind for t in tests])
-        either = of_kind | ~anomalous
-        kinds[kind] = KindReport(
-            auroc=image_metrics(scores[either], anomalous[either]).auroc,
-            detected=Rate(int(decisions[of_kind].sum()), int(of_kind.sum())),
-        )
-    return ScoreReport(
-        image=image_metrics(scores, anomalous),
-        false_positives=Rate(int(decisions[~anomalous].sum()), int((~anomalous).sum())),
-        kinds=kinds,
+def kind_aurocs(tests: list[TestImage], scores: np.ndarray) -> dict[str, float]:
+    """Image AUROC of each kind of defect against all normal images."""
+    kinds = np.array([test.kind for test in tests])
+    positive = anomalous(tests)
+    found = {}
+    for kind in sorted(set(kinds[positive])):
+        chosen = (kinds == kind) | ~positive
+        found[str(kind)] = image_metrics(scores[chosen], positive[chosen]).auroc
+    return found
+
+
+def decisions_at(
+    tests: list[TestImage], scores: np.ndarray, threshold: float, target_fpr: float
+) -> Decisions:
+    """What a threshold makes of labelled images' scores, wherever these were computed."""
+    called = np.array([decide(score, threshold) == "anomalous" for score in scores])
+    kinds = np.array([test.kind for test in tests])
+    positive = anomalous(tests)
+
+    def rate(chosen: np.ndarray) -> Rate:
+        return Rate(int(called[chosen].sum()), int(chosen.sum()))
+
+    return Decisions(
+        threshold=threshold,
+        target_fpr=target_fpr,
+        false_positives=rate(~positive),
+        kinds={str(kind): rate(kinds == kind) for kind in sorted(set(kinds[positive]))},
     )
 
 
@@ -263,17 +266,23 @@ def table(report: Report) -> str:
         *_pixel_lines(pixel),
         f"  masks: {masks.used} used, {len(masks.missing)} missing, {len(masks.empty)} empty, "
         f"{len(masks.vanished)} vanished at the map's size (left out of pixel metrics)",
-        f"  at threshold {report.threshold:.4f} (target false-positive rate "
-        f"{report.target_fpr:.3g}):",
-        f"    false positives {report.false_positives}",
-    ]
-    width = max(len(kind) for kind in report.kinds)
-    lines += [
-        f"    {kind:{width}}  detected {found.detected}   AUROC {found.auroc:.4f}"
-        for kind, found in report.kinds.items()
+        *_decision_lines(report),
     ]
     lines += [f"  unreadable: {name}: {reason}" for name, reason in report.failed.items()]
     return "\n".join(lines)
+
+
+def _decision_lines(report: Report) -> list[str]:
+    width, made = max(len(kind) for kind in report.kinds), report.decisions
+    aurocs = {kind: f"{kind:{width}}  AUROC {auroc:.4f}" for kind, auroc in report.kinds.items()}
+    if made is None:
+        head = "  no threshold, so no decisions: imported without --normals"
+        return [head, *(f"    {told}" for told in aurocs.values())]
+    return [
+        f"  at threshold {made.threshold:.4f} (target false-positive rate {made.target_fpr:.3g}):",
+        f"    false positives {made.false_positives}",
+        *(f"    {told}   detected {made.kinds[kind]}" for kind, told in aurocs.items()),
+    ]
 
 
 def _pixel_lines(pixel: PixelMetrics | None) -> list[str]:

@@ -1,12 +1,13 @@
 """The flags of a run's settings: one value each for `train`, several for `benchmark`."""
 
 import argparse
+import difflib
 import tomllib
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from training.errors import TrainingError
 from training.settings import (
@@ -181,8 +182,7 @@ def read_plan(file: Path, given: dict[str, list[Any]]) -> list[dict[str, list[An
     """Grids of a plan in TOML: settings by their flags' names, each a value or a list.
 
     Settings at the top hold for every [[grid]]; `given` holds for all and wins. Raises
-    TrainingError for a file that can't be read; what no flag would accept ends as it does on the
-    command line.
+    TrainingError for a file that can't be read, and for what no flag would accept.
     """
     try:
         common = tomllib.loads(file.read_text())
@@ -191,9 +191,21 @@ def read_plan(file: Path, given: dict[str, list[Any]]) -> list[dict[str, list[An
     grids = common.pop("grid", [{}])
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         raise TrainingError(f"plan {file}: write [[grid]] for each grid")
-    parser = argparse.ArgumentParser(f"plan {file}", add_help=False, allow_abbrev=False)
+    parser = _PlanParser(f"plan {file}", add_help=False, allow_abbrev=False)
     add_axes(parser)
+    known = [action.dest for action in parser._actions]
+    for name in {name for grid in (common, *grids) for name in grid if name not in known}:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise TrainingError(f"plan {file}: {name} is no setting of a run{hint}")
     return [vars(parser.parse_args(_words(common | grid))) | given for grid in grids]
+
+
+class _PlanParser(argparse.ArgumentParser):
+    """Ends with our error instead of a usage that speaks of flags nobody typed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise TrainingError(f"{self.prog}: {message.removeprefix('argument --')}")
 
 
 def _words(settings: dict[str, Any]) -> list[str]:

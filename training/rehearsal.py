@@ -25,7 +25,15 @@ from service.calibration import default_target_fpr
 from service.detector import Device
 from training.datasets import TestImage
 from training.errors import TrainingError
-from training.evaluate import Report, ScoreReport, evaluate, labelled_images, score_report
+from training.evaluate import (
+    Decisions,
+    Report,
+    anomalous,
+    decisions_at,
+    evaluate,
+    labelled_images,
+)
+from training.metrics import ImageMetrics, image_metrics
 from training.progress import progress
 
 CLIENTS = 8
@@ -36,7 +44,8 @@ AUROC_LIMIT = 1e-4
 @dataclass(frozen=True)
 class Rehearsal:
     evaluation: Report
-    http: ScoreReport
+    image: ImageMetrics  # of the service's scores
+    decisions: Decisions  # after calibrating over HTTP
     calibration: dict[str, Any]
     auroc_difference: float
     images_per_s: float
@@ -46,9 +55,8 @@ class Rehearsal:
         return {
             "evaluation": self.evaluation.as_dict(),
             "http": {
-                "image": asdict(self.http.image),
-                "false_positives": self.http.false_positives.as_dict(),
-                "detected": {k: v.detected.as_dict() for k, v in self.http.kinds.items()},
+                "image": asdict(self.image),
+                "decisions": self.decisions.as_dict(),
             },
             "calibration": calibration,
             "auroc_difference": self.auroc_difference,
@@ -72,9 +80,13 @@ def rehearse(
     service doesn't start, refuses an image that `evaluate` could read, or ranks the images
     differently: image AUROC must agree to AUROC_LIMIT.
     """
-    evaluation = evaluate(folder, root, layout=layout, category=category, device=device)
     bundle = Bundle(folder)
+    if not bundle.manifest.data.held_out:
+        raise TrainingError(
+            f"{folder}: has no held-out images to calibrate with: import it with --normals"
+        )
     held_out = [_held_out(root, one) for one in bundle.manifest.data.held_out]
+    evaluation = evaluate(folder, root, layout=layout, category=category, device=device)
     target = target_fpr or default_target_fpr(len(held_out))
     tests = [
         t
@@ -89,14 +101,21 @@ def rehearse(
         if pictures:
             _save_pictures(client, tests, pictures)
     scores = np.array([answer["score"] for answer in answers])
-    http = score_report(tests, scores, calibration["threshold"])
-    difference = abs(http.image.auroc - evaluation.image.auroc)
+    metrics = image_metrics(scores, anomalous(tests))
+    difference = abs(metrics.auroc - evaluation.image.auroc)
     if difference > AUROC_LIMIT:
         raise TrainingError(
-            f"the service's image AUROC is {http.image.auroc:.5f}, evaluate's "
+            f"the service's image AUROC is {metrics.auroc:.5f}, evaluate's "
             f"{evaluation.image.auroc:.5f}: they must agree to {AUROC_LIMIT:g}"
         )
-    return Rehearsal(evaluation, http, calibration, difference, len(tests) / seconds)
+    return Rehearsal(
+        evaluation=evaluation,
+        image=metrics,
+        decisions=decisions_at(tests, scores, calibration["threshold"], target),
+        calibration=calibration,
+        auroc_difference=difference,
+        images_per_s=len(tests) / seconds,
+    )
 
 
 def _held_out(root: Path, held_out: HeldOutImage) -> Path:
@@ -111,18 +130,18 @@ def _held_out(root: Path, held_out: HeldOutImage) -> Path:
 
 def table(rehearsal: Rehearsal) -> str:
     """What the service answered, as text for a terminal."""
-    http, calibration = rehearsal.http, rehearsal.calibration
-    width = max(len(kind) for kind in http.kinds)
+    decisions, calibration = rehearsal.decisions, rehearsal.calibration
+    width = max(len(kind) for kind in decisions.kinds)
     lines = [
-        f"over HTTP: image AUROC {http.image.auroc:.4f} "
+        f"over HTTP: image AUROC {rehearsal.image.auroc:.4f} "
         f"(differs from evaluate's by {rehearsal.auroc_difference:.1e}), "
         f"{rehearsal.images_per_s:.1f} images/s with {CLIENTS} clients",
         f"  calibrated on {calibration['samples']} held-out normal images: threshold "
         f"{calibration['threshold']:.4f}, promised false-positive rate "
         f"{calibration['achievable_fpr']:.3g}",
-        f"  {'good':{width}}  false positives {http.false_positives}",
+        f"  {'good':{width}}  false positives {decisions.false_positives}",
     ]
-    lines += [f"  {kind:{width}}  detected {found.detected}" for kind, found in http.kinds.items()]
+    lines += [f"  {kind:{width}}  detected {rate}" for kind, rate in decisions.kinds.items()]
     return "\n".join(lines)
 
 

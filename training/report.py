@@ -34,10 +34,10 @@ from training import data
 from training.charts import Axis, Chart, axis_over, histogram
 from training.errors import TrainingError
 from training.evaluate import (
+    Decisions,
     Rate,
     Report,
     Scored,
-    default_calibration,
     report_on,
     score_images,
 )
@@ -145,6 +145,7 @@ def write_report(
     command += ["--worst", str(worst)] if worst != 8 else []
     command += ["--strict"] if strict else []
     bundle = Bundle(folder)
+    own_calibration(bundle)
     out = out or Path(f"{bundle.name}-{bundle.version}.html")
     _check_writable(out)
     scored = score_images(
@@ -153,6 +154,17 @@ def write_report(
     report = report_on(scored)
     _write(out, render(scored, report, worst=worst, command=shlex.join(command)))
     return out, report
+
+
+def own_calibration(bundle: Bundle) -> Calibration:
+    """The bundle's; raises TrainingError for an imported one without normal images."""
+    calibration = bundle.default_calibration()
+    if calibration is None:
+        raise TrainingError(
+            f"{bundle.folder}: has no threshold, and a report is about decisions: import it with "
+            "--normals (evaluate tells what needs no threshold)"
+        )
+    return calibration
 
 
 def render(scored: Scored, report: Report, *, worst: int, command: str) -> str:
@@ -167,7 +179,9 @@ def render(scored: Scored, report: Report, *, worst: int, command: str) -> str:
     environment.filters |= {"percent": percent, "number": number}
     environment.filters |= {"figure": figure, "setting": setting}
     bundle = scored.bundle
-    calibration = default_calibration(bundle)
+    calibration = own_calibration(bundle)
+    decisions = report.decisions
+    assert decisions  # made with that calibration
     anomalous = np.array([test.anomalous for test in scored.tests])
     scores = scored.scores
     held_out = np.array([one.score for one in bundle.manifest.data.held_out])
@@ -179,22 +193,21 @@ def render(scored: Scored, report: Report, *, worst: int, command: str) -> str:
         },
         calibration.threshold,
     )
-    detected = _sum([kind.detected for kind in report.kinds.values()])
     page = environment.get_template(TEMPLATE).render(
         bundle=bundle,
         manifest=bundle.manifest,
         report=report,
         calibration=calibration,
-        detected=detected,
-        verdict=_verdict(report.false_positives, calibration),
+        decisions=decisions,
+        verdict=_verdict(decisions.false_positives, calibration),
         made=datetime.now(UTC),
         images=(int((~anomalous).sum()), int(anomalous.sum())),
         known=scored.known,
         histogram=over,
         strips=_strips(scored, over.axis),
         charts=[
-            _roc(scores, anomalous, report, detected, calibration),
-            _precision_recall(scores, anomalous, report, detected),
+            _roc(scores, anomalous, report.image, decisions, calibration),
+            _precision_recall(scores, anomalous, report.image, decisions),
         ],
         loss=_loss(bundle),
         misses=_gallery(scored, calibration, worst, anomalous=True),
@@ -258,10 +271,6 @@ def _verdict(false_positives: Rate, calibration: Calibration) -> Verdict:
         f"That does not disprove the promise of {most}, but {false_positives.total} normal images "
         "are too few to confirm it.",
     )
-
-
-def _sum(rates: Sequence[Rate]) -> Rate:
-    return Rate(sum(rate.count for rate in rates), sum(rate.total for rate in rates))
 
 
 def _gallery(scored: Scored, calibration: Calibration, worst: int, *, anomalous: bool) -> Gallery:
@@ -371,31 +380,32 @@ def _strips(scored: Scored, axis: Axis) -> dict[str, str]:
 def _roc(
     scores: np.ndarray,
     anomalous: np.ndarray,
-    report: Report,
-    detected: Rate,
+    metrics: ImageMetrics,
+    decisions: Decisions,
     calibration: Calibration,
 ) -> Chart:
     false_positives, true_positives, _ = roc_curve(anomalous, scores)
+    detected, false_alarms = decisions.detected.rate, decisions.false_positives.rate
     return Chart(
         name="ROC curve",
-        description=f"Area {report.image.auroc:.4f}. At the threshold {percent(detected.rate)} of "
-        f"the anomalous and {percent(report.false_positives.rate)} of the normal images are called "
-        "anomalous.",
+        description=f"Area {metrics.auroc:.4f}. At the threshold {percent(detected)} of "
+        f"the anomalous and {percent(false_alarms)} of the normal images are called anomalous.",
         x_label="normal images called anomalous",
         y_label="anomalous images found",
         x=Axis(0, 1),
         y=Axis(0, 1),
         curve=(false_positives, true_positives),
-        mark=(report.false_positives.rate, detected.rate),
+        mark=(false_alarms, detected),
         limit=calibration.achievable_fpr,
     )
 
 
 def _precision_recall(
-    scores: np.ndarray, anomalous: np.ndarray, report: Report, detected: Rate
+    scores: np.ndarray, anomalous: np.ndarray, metrics: ImageMetrics, decisions: Decisions
 ) -> Chart:
     precision, recall, _ = precision_recall_curve(anomalous, scores, drop_intermediate=True)
-    alarms = detected.count + report.false_positives.count
+    detected = decisions.detected
+    alarms = detected.count + decisions.false_positives.count
     at_threshold = detected.count / alarms if alarms else None
     # In steps, as average precision sums it.
     steps = np.repeat(recall[::-1], 2)[1:-1], np.repeat(precision[-2::-1], 2)
@@ -406,7 +416,7 @@ def _precision_recall(
     )
     return Chart(
         name="Precision and recall",
-        description=f"Average precision {report.image.average_precision:.4f}. {told}",
+        description=f"Average precision {metrics.average_precision:.4f}. {told}",
         x_label="anomalous images found",
         y_label="alarms that are right",
         x=Axis(0, 1),

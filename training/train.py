@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Checkpoint:
     """Train, or go on with, the run `settings.folder`; returns it as it was last saved.
 
-    Raises TrainingError for bad data, weights or settings. SIGINT and SIGTERM save and return.
+    Raises TrainingError for bad data, weights or settings. SIGINT and SIGTERM save and return; too
+    late to stop anything, they raise KeyboardInterrupt once the finished run is saved.
     Of several processes (training/distributed) each computes its part of every batch.
     """
     device = choose_device(settings.device)
@@ -101,6 +102,8 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
                 checkpoints.save(run, model, optimizer)
             if stopping:
                 break
+    if stop.is_set() and run.finished:  # whoever called may have more to do
+        raise KeyboardInterrupt
     return run
 
 
@@ -195,7 +198,12 @@ def _start(
     together = [groups[loaded.paths[index]] for index in kept] if groups else None
     trained, held_out = data.hold_out(len(kept), settings.seed, together)
     run = Checkpoint(
-        settings=replace(settings, embedding_planes=model.embedding_planes),
+        settings=replace(
+            settings,
+            layout=category.layout,
+            category=category.name,
+            embedding_planes=model.embedding_planes,
+        ),
         teacher=teacher,
         trained={names[kept[i]]: loaded.digests[kept[i]] for i in trained},
         held_out={names[kept[i]]: loaded.digests[kept[i]] for i in held_out},
@@ -219,6 +227,8 @@ def _resume(settings: Settings) -> tuple[np.ndarray, Checkpoint]:
     run.settings = replace(
         settings,
         teacher_weights=run.settings.teacher_weights,
+        layout=run.settings.layout,
+        category=run.settings.category,
         embedding_planes=run.settings.embedding_planes,
     )
     root = Path(settings.data)
