@@ -93,6 +93,11 @@ class Bundle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if found := versions(folder.parent, folder.name):
+            raise BundleError(
+                f"{folder}: is a model of versions {', '.join(map(str, found))}; give one of them, "
+                f"as {folder / str(found[-1])}"
+            )
         self.manifest = _read_manifest(folder / MANIFEST_FILE)
 
     def read_graph(self) -> bytes:

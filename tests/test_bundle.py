@@ -52,6 +52,13 @@ def test_a_missing_file_is_named(write_bundle: Write, file: str) -> None:
         Bundle(bundle.folder).read_graph()
 
 
+def test_a_folder_of_versions_says_which_there_are(write_bundle: Write) -> None:
+    write_bundle()
+    folder = write_bundle(version=12).folder.parent
+    with pytest.raises(BundleError, match=r"part: is a model of versions 1, 12; .*part/12"):
+        Bundle(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "where"),
     [

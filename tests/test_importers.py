@@ -426,6 +426,9 @@ def test_a_decoder_alone_is_refused_with_the_reason(rd4ad, tmp_path):
     torch.save(rd4ad.decoder.state_dict(), path)
     with pytest.raises(TrainingError, match=r"--seg 1 saves it: the bottleneck .* is lost"):
         run_import(rd4ad, path, tmp_path)
+    torch.save({"layer1.0.conv1.weight": torch.ones(1), "conv1.weight": torch.ones(1)}, path)
+    with pytest.raises(TrainingError, match="must hold `bn` and `decoder`, holds layer1.0.conv1"):
+        run_import(rd4ad, path, tmp_path)  # a teacher's file, for one
 
 
 def test_the_projection_of_rd_plus_plus_is_refused_with_the_reason(rd4ad, tmp_path):

@@ -237,7 +237,8 @@ def _official_tensors(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
             f"{path}: `proj` is RD++'s projection between teacher and bottleneck; there is no such "
             "network here"
         )
-    if any(str(key).removeprefix("module.").startswith("layer1.") for key in saved):
+    names = [str(key).removeprefix("module.") for key in saved]
+    if any(name.startswith("layer1.") for name in names) and "conv1.weight" not in names:
         raise TrainingError(
             f"{path}: holds a decoder alone, as SK-RD4AD's --seg 1 saves it: the bottleneck that "
             "was trained with it is lost, and without it nothing can be inspected"

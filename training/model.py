@@ -359,9 +359,10 @@ def _load_from_hub(teacher: Teacher, backbone: str, licence: str) -> TeacherWeig
     try:
         pretrained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub client raises many types with no common base
+        shipped = " (models/teachers/ ships one)" if backbone == "resnet18" else ""
         raise TrainingError(
             f"the weights {name} can't be had from the hub: {error}. Behind a firewall, give a "
-            "file: --teacher-weights FILE (models/teachers/ ships one)"
+            f"file: --teacher-weights FILE{shipped}"
         ) from error
     state = pretrained.state_dict()
     _load_strictly(teacher, state, Path(name))
