@@ -49,6 +49,8 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     images, run = _resume(settings) if resume else _start(settings, overwrite, model)
     settings = run.settings
     distributed.require_same("images or checkpoints", f"{run.data_fingerprint} {run.step}")
+    if run.finished:
+        return run
 
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
@@ -120,7 +122,7 @@ def _features(
         images,
         device,
         precision,
-        place="off" if run.finished else settings.feature_cache,
+        place=settings.feature_cache,
         memory_gb=settings.feature_memory_gb,
         folder=settings.folder,
     )
