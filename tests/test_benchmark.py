@@ -3,14 +3,17 @@
 import csv
 import fcntl
 import json
+import signal
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_fixtures import IMAGE_SIZE, PLANES, normal_picture, write_picture, write_teacher
 
 from training.__main__ import main
-from training.benchmark import benchmark, method, read_rows, runs
+from training.benchmark import IDLE, METHOD, benchmark, method, read_rows, runs, setup
 from training.errors import TrainingError
 from training.flags import read_plan
 from training.settings import Settings
@@ -190,7 +193,7 @@ def test_only_seeds_are_averaged(finished, tmp_path, change):
 def test_tables_give_the_mean_over_seeds_and_its_standard_error(finished, tmp_path):
     row = read_rows(finished)[0]
     rows = [
-        row | {"id": f"run-{i}", "image_auroc": value, "aupro": None}
+        row | {"settings": row["settings"] | {"seed": i}, "image_auroc": value, "aupro": None}
         for i, value in enumerate((0.8, 0.9, 0.7))
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
@@ -202,13 +205,55 @@ def test_tables_give_the_mean_over_seeds_and_its_standard_error(finished, tmp_pa
     assert told["seeds"] == "3" and told["aupro"] == ""
 
 
+def test_a_seed_counts_once_whatever_was_run_twice(finished, tmp_path):
+    """By a path that is spelled in two ways, say: a second row says nothing of its own."""
+    row = read_rows(finished)[0]
+    rows = [row | {"id": f"run-{i}", "image_auroc": value} for i, value in enumerate((0.8, 0.9))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    assert "| rd4ad, batch size 4 | 1 | 0.900 |" in benchmark([], tmp_path)
+
+
+def test_every_setting_is_told_apart_by_some_part_of_a_table(finished):
+    """Or a new setting's values would be averaged as if they were seeds."""
+    row = read_rows(finished)[0]
+    elsewhere = {"data", "layout", "category", "architecture", "seed"}
+    elsewhere |= {"teacher_weights", "teacher_licence"}  # the row's digest tells
+    for name in {field.name for field in fields(Settings)} - elsewhere - {*IDLE, *METHOD}:
+        value = (32, 32) if name == "image_size" else "another"
+        other = row | {"settings": row["settings"] | {name: value}}
+        assert setup(other) != setup(row), name
+
+
+def test_a_signal_stops_all_runs_also_in_the_last_step_of_one(grid, tmp_path):
+    """The run is finished then, and saved; what is left is for the next start."""
+
+    def interrupt(module, *_):
+        if type(module).__name__ == "Objective":
+            signal.raise_signal(signal.SIGTERM)
+
+    plan = grid | {"batch_size": [16]}
+    hook = torch.nn.modules.module.register_module_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            benchmark([plan], tmp_path)
+    finally:
+        hook.remove()
+    assert not read_rows(tmp_path)
+    (saved,) = (tmp_path / "models").glob("*/checkpoint/checkpoint.json")
+    assert len(json.loads(saved.read_text())["losses"]) == 1
+    benchmark([plan], tmp_path)
+    assert len(read_rows(tmp_path)) == 2
+
+
 def test_several_data_sets_have_a_mean_of_the_methods_that_all_of_them_have(finished, tmp_path):
     row = read_rows(finished)[0]
     rows = [
-        row | {"data": place, "method": name, "image_auroc": value}
-        for place, name, value in [
-            *(("one", "a", 0.8), ("one", "a", 0.9), ("two", "a", 0.5), ("two", "a", 0.7)),
-            ("two", "b", 0.6),
+        row
+        | {"data": place, "method": name, "image_auroc": value}
+        | {"settings": row["settings"] | {"seed": seed}}
+        for place, name, seed, value in [
+            *(("one", "a", 1, 0.8), ("one", "a", 2, 0.9), ("two", "a", 1, 0.5)),
+            *(("two", "a", 2, 0.7), ("two", "b", 1, 0.6)),
         ]
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in rows))

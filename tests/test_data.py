@@ -105,6 +105,15 @@ def test_groups_of_one_are_no_groups():
     assert data.hold_out(50, 4, [f"{i:03}" for i in range(50)]) == data.hold_out(50, 4)
 
 
+def test_no_large_group_is_held_out_where_smaller_ones_will_do():
+    """A camera's whole session, say, beside short ones; where all are large, the smallest is."""
+    for seed in range(10):
+        groups = ["large"] * 900 + [f"small {i // 10}" for i in range(200)]
+        assert 165 <= len(data.hold_out(1100, seed, groups)[1]) < 175
+        assert len(data.hold_out(1000, seed, ["large"] * 900 + ["small"] * 100)[1]) == 100
+        assert len(data.hold_out(1000, seed, ["large"] * 600 + ["small"] * 400)[1]) == 400
+
+
 def test_one_group_for_all_leaves_nothing_to_train_on_and_is_refused():
     with pytest.raises(TrainingError, match="20 normal images in 1 groups: .* leaves 0 to train"):
         data.hold_out(20, 0, ["same"] * 20)

@@ -315,6 +315,24 @@ def test_any_other_folder_is_taken_whole_with_its_subfolders(tmp_path):
         category.to_test_on()
 
 
+@pytest.mark.parametrize(
+    "folders, named",
+    [
+        (("good", "scratched"), "good beside others"),
+        (("Normal", "anomalous"), "Normal beside others|anomalous"),
+        (("day 1", "day 1/NG"), "day 1/NG"),
+        (("bad",), "bad"),
+        (("Defects",), "Defects"),
+        (("inner/test/hole",), "inner/test"),
+    ],
+)
+def test_a_folder_that_seems_to_hold_defects_is_not_taken_for_normal(tmp_path, folders, named):
+    pictures(tmp_path, "loose.png", *(f"{folder}/a.png" for folder in folders))
+    with pytest.raises(TrainingError, match=f"plain folder.*holds ({named}).*--layout folder if"):
+        datasets.read(tmp_path)
+    assert datasets.read(tmp_path, "folder").to_train_on()
+
+
 def test_a_folder_is_taken_whole_where_that_is_asked_for(mvtec):
     assert len(datasets.read(mvtec, "folder").to_train_on()) == 7
 

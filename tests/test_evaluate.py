@@ -1,7 +1,10 @@
 """Evaluation of a bundle whose answers are known: its map is the picture's brightness."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +59,8 @@ def test_decisions_and_metrics_are_exact(labelled, write_bundle):
     assert made.detected == Rate(4, 5)
     # Of 5 x 4 pairs, the faint spot loses against the too bright normal picture.
     assert report.image.auroc == pytest.approx(19 / 20)
-    assert report.kinds["spot"] == pytest.approx(11 / 12)
-    assert report.kinds["speck"] == 1
+    assert report.kind_auroc["spot"] == pytest.approx(11 / 12)
+    assert report.kind_auroc["speck"] == 1
     assert report.image.f1_max == pytest.approx(10 / 11)
     assert report.image.f1_max_threshold == pytest.approx(64 / 255)
     assert report.image.f1_max_fpr == 1 / 4
@@ -160,7 +163,7 @@ def test_without_a_threshold_there_are_no_decisions_but_all_that_needs_none(
     bundle = write_bundle(scores=())
     report = evaluate(bundle.folder, labelled, device="cpu")
     assert report.decisions is None and report.as_dict()["decisions"] is None
-    assert report.image.auroc == pytest.approx(19 / 20) and report.kinds["speck"] == 1
+    assert report.image.auroc == pytest.approx(19 / 20) and report.kind_auroc["speck"] == 1
     told = table(report)
     assert "no decisions" in told and "speck  AUROC 1.0000" in told and "detected" not in told
     argv = ["--bundle", str(bundle.folder), "--data", str(labelled)]
@@ -219,6 +222,38 @@ def test_a_category_is_chosen_by_flag_or_is_the_bundles_own(
     assert all(name.startswith("bottle/test/") for name in report.scores)
     assert evaluate(folder, root / "cable", device="cpu").images == 9  # other data than its own
     capsys.readouterr()
+
+
+def test_after_training_on_a_plain_folder_a_labelled_one_is_found_anew(labelled, write_bundle):
+    folder = write_bundle().folder
+    record_training(folder, layout="folder", category="")
+    assert evaluate(folder, labelled, device="cpu").images == 9
+
+
+def test_a_file_for_the_figures_that_cannot_be_written_is_refused_before_the_work(
+    labelled, write_bundle, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delattr("training.evaluate.score_images")
+    argv = ["--bundle", str(write_bundle().folder), "--data", str(labelled)]
+    (tmp_path / "file").touch()
+    for command in ("evaluate", "rehearse"):
+        assert main([command, *argv, "--json", str(tmp_path)]) == 1
+        assert "is a folder; name a file" in capsys.readouterr().err
+        assert main([command, *argv, "--json", str(tmp_path / "file" / "json")]) == 1
+        assert "--json" in (error := capsys.readouterr().err) and "can't be written" in error
+
+
+def test_names_of_files_that_are_no_text_are_spelled_out(labelled, write_bundle, tmp_path):
+    """In a strict locale, as most are; in a process of its own, whose output is a real stream."""
+    odd = os.fsdecode(os.fsencode(labelled) + b"/test/good/\xff.png")
+    (labelled / "test/good/0.png").rename(odd)
+    command = [sys.executable, "-m", "training", "evaluate", "--data", str(labelled)]
+    command += ["--bundle", str(write_bundle().folder), "--json", str(tmp_path / "all.json")]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert r"unreadable: test/good/\udcff.png: its name is not UTF-8" in done.stdout
+    assert json.loads((tmp_path / "all.json").read_text())["images"] == 8
 
 
 def record_training(folder: Path, **settings: str) -> None:

@@ -24,7 +24,6 @@ from service.bundle import Bundle
 from service.detector import Detector
 from training.__main__ import main
 from training.errors import TrainingError
-from training.evaluate import evaluate
 from training.importers import import_checkpoint
 from training.model import Teacher
 
@@ -643,17 +642,17 @@ def test_without_normal_pictures_there_is_no_threshold_and_rounding_is_still_mea
     assert bundle.default_calibration() is None and bundle.manifest.data.held_out == []
     assert 0 < bundle.manifest.graph.weight_rounding < 2e-2
     assert len(bundle.read_graph()) < 40e6
-    (tmp_path / "data" / "test").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="part/1: has no threshold .*--normals"):
-        evaluate(bundle.folder, tmp_path / "data")
 
 
 def test_a_data_set_is_no_folder_of_normal_pictures(rd4ad, tmp_path):
     """Its train/good is what the network was trained on: the threshold would be too low."""
     path = rd4ad.save(tmp_path)
     write_normal_pictures(tmp_path / "data" / "train" / "good", 3)
-    with pytest.raises(TrainingError, match="--normals .*data: is a data set with train/"):
-        run_import(rd4ad, path, tmp_path, normals=tmp_path / "data")
+    write_normal_pictures(tmp_path / "sorted" / "good", 3)
+    write_normal_pictures(tmp_path / "sorted" / "bad", 3)
+    for name, says in (("data", "is a data set"), ("", "is a data set"), ("sorted", "holds bad")):
+        with pytest.raises(TrainingError, match=f"--normals: .*{name}.*{says}"):
+            run_import(rd4ad, path, tmp_path, normals=tmp_path / name)
 
 
 def test_a_name_that_the_service_could_not_be_asked_for_is_refused(rd4ad, tmp_path):

@@ -1,6 +1,7 @@
 """The rehearsal: a real service process, and answers over HTTP that are evaluate's."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_a_target_can_be_given_and_one_too_fine_is_the_services_refusal(bundle, 
     assert "promised false-positive rate 0.2" in table(found)
     with pytest.raises(TrainingError, match=r"calibration: HTTP 422.*at least 99"):
         rehearse(bundle.folder, labelled, target_fpr=0.01, device="cpu")
+
+
+def test_an_imported_bundle_has_its_held_out_images_elsewhere(bundle, labelled, tmp_path, capsys):
+    """Below the folder that --normals named; the labelled images need not lie there."""
+    normals = tmp_path / "normals"
+    shutil.move(labelled / "train", normals / "train")
+    argv = ["rehearse", "--bundle", str(bundle.folder), "--data", str(labelled), "--device", "cpu"]
+    assert main(argv) == 1
+    assert "or --normals the one that it was imported with" in capsys.readouterr().err
+    assert main([*argv, "--normals", str(normals)]) == 0
+    assert "spot  detected 3/4" in capsys.readouterr().out
+
+
+def test_a_target_of_zero_is_no_default(bundle, labelled):
+    with pytest.raises(TrainingError, match="calibration: HTTP 422"):
+        rehearse(bundle.folder, labelled, target_fpr=0.0, device="cpu")
 
 
 def test_the_named_version_is_rehearsed_beside_a_newer_one(write_bundle, labelled):

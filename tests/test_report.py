@@ -162,7 +162,7 @@ def test_figures_are_evaluates(report, labelled, write_bundle):
     assert page.row("defect regions")[0] == str(expected.pixel.regions) == "7"
     low, high = (f"{100 * x:.3g}" for x in expected.decisions.kinds["spot"].interval())
     interval = f"{low}\N{NO-BREAK SPACE}% to {high}\N{NO-BREAK SPACE}%"
-    auroc = f"{expected.kinds['spot']:.4f}"
+    auroc = f"{expected.kind_auroc['spot']:.4f}"
     assert page.row("spot")[:5] == ["6", "3", "50\N{NO-BREAK SPACE}%", interval, auroc]
     assert page.row("stain")[:2] == ["1", "1"]
     assert page.row("all anomalous")[:2] == ["7", "4"]

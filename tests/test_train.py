@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_fixtures import (
@@ -26,8 +27,10 @@ from training_fixtures import (
 
 from service import image
 from training import checkpoint as checkpoints
+from training import files
 from training.__main__ import main
 from training.errors import TrainingError
+from training.export import export
 from training.train import batch_slices, choose_device, choose_precision, steps, train
 
 ROOT = Path(__file__).parent.parent
@@ -210,24 +213,6 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_there(tmp_path, schedul
     assert checkpoints.read(broken.folder).losses == checkpoints.read(whole.folder).losses
 
 
-def test_a_stop_that_comes_too_late_for_the_run_is_handed_on(settings):
-    """Or a benchmark would go on with its next run, and a second signal be needed."""
-
-    def interrupt(module, *_):
-        if type(module).__name__ == "Objective":
-            signal.raise_signal(signal.SIGTERM)
-
-    one_step = replace(settings, epochs=1, batch_size=16)
-    hook = torch.nn.modules.module.register_module_forward_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(one_step)
-    finally:
-        hook.remove()
-    run = checkpoints.read(one_step.folder)
-    assert run.step == run.steps_per_epoch == 1 and run.finished
-
-
 def test_a_finished_run_can_go_on_for_more_epochs(tmp_path):
     longer = run_settings(tmp_path, epochs=3, models=str(tmp_path / "longer"))
     train(longer)
@@ -239,11 +224,42 @@ def test_a_finished_run_can_go_on_for_more_epochs(tmp_path):
     assert checkpoints.read(shorter.folder).settings.epochs == 3
 
 
-def test_resuming_a_finished_run_changes_nothing(settings):
+def test_resuming_a_finished_run_computes_and_changes_nothing(settings, monkeypatch):
     train(settings)
     before = {p.name: p.read_bytes() for p in settings.folder.iterdir()}
+    monkeypatch.delattr("training.train.teacher_features")
     assert train(settings, resume=True).finished
     assert {p.name: p.read_bytes() for p in settings.folder.iterdir()} == before
+
+
+def test_a_run_that_another_process_is_at_is_refused(settings, capsys):
+    """Or each would delete the other's last state."""
+    train(settings)
+    with files.claimed(settings.folder) as free:
+        assert free
+        assert main(arguments(settings, "--overwrite")) == 1
+    assert "part/checkpoint: another process is training this run" in capsys.readouterr().err
+    assert train(settings, resume=True).finished
+
+
+def test_a_run_interrupted_before_its_first_step_says_how_to_go_on(settings, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.train.teacher_features", interrupt)
+    assert main(arguments(settings)) == 130
+    told = capsys.readouterr().out
+    assert "stopped at epoch 0 of 1" in told and "--resume" in told
+    monkeypatch.undo()
+    assert train(settings, resume=True).finished
+
+
+def test_what_auto_found_is_recorded_and_kept_on_resume(settings):
+    run = train(settings)
+    assert (run.settings.precision, run.settings.layout) == ("float32", "folder")
+    again = arguments(settings, "--precision", "auto", "--layout", "auto", "--resume")
+    assert main([*again, "--epochs", "2"]) == 0
+    assert checkpoints.read(settings.folder).settings.precision == "float32"
 
 
 def test_signals_work_as_before_after_a_run(settings):
@@ -266,13 +282,13 @@ def test_signals_work_as_before_after_a_run(settings):
         ("--embedding-planes", "64", f"embedding_planes 64 contradicts the run's {PLANES}"),
         ("--image-size", "96", "image_size (96, 96) contradicts the run's (64, 96)"),
         ("--teacher-weights", "hub", "teacher_weights hub contradicts the run's "),
-        ("--layout", "folder", "layout folder contradicts the run's auto"),
+        ("--layout", "folder", "layout folder contradicts the run's mvtec"),
         ("--category", "a", "category a contradicts the run's "),
         ("--group", "(.)", "group (.) contradicts the run's "),
     ],
 )
 def test_resume_refuses_a_setting_that_contradicts_the_run(tmp_path, capsys, flag, value, says):
-    settings = run_settings(tmp_path)
+    settings = run_settings(tmp_path, layout="mvtec")
     record = checkpoints.Checkpoint(settings, None, {}, {}, "0" * 64)
     write_record(record)
     base = ["train", "--data", settings.data, "--name", "part", "--models", settings.models]
@@ -386,6 +402,19 @@ def test_copies_of_a_file_are_left_out(settings):
     names = [*run.trained, *run.held_out]
     assert sorted(names) == [f"{i:03}.png" for i in range(8)]
     assert len({*run.trained.values(), *run.held_out.values()}) == 8
+
+
+def test_a_trained_image_that_was_saved_anew_is_recorded_so_that_it_calibrates_nothing(settings):
+    """Other bytes, the same pixels: the service, which knows files, must refuse both."""
+    data = Path(settings.data)
+    for path in sorted(data.glob("*.png")):
+        Image.open(path).save(path.with_suffix(".z.bmp"))
+    run = train(settings)
+    assert run.copies.keys() == {name.replace(".png", ".z.bmp") for name in run.trained}
+    bundle = export(Path(settings.models), settings.name)
+    recorded = set(bundle.manifest.data.trained)
+    assert recorded == {*run.trained.values(), *run.copies.values()}
+    assert len(recorded) == 2 * len(run.trained)
 
 
 def test_a_category_is_recorded_and_resumed_among_others(settings, tmp_path):
@@ -559,7 +588,7 @@ def test_a_device_that_is_not_there_is_refused_and_auto_takes_the_cpu_in_float32
     with pytest.raises(TrainingError, match="device cuda was asked for"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"
-    assert choose_precision("auto", torch.device("cpu")) == torch.float32
+    assert choose_precision("auto", torch.device("cpu")) == "float32"
 
 
 def test_a_cosine_schedule_falls_from_the_rate_to_zero(tmp_path):
@@ -584,7 +613,7 @@ def test_a_run_goes_on_by_its_name_alone_and_never_backwards(tmp_path, capsys):
     train(settings)
     words = ["train", "--name", settings.name, "--models", settings.models, "--resume"]
     assert main([*words, "--epochs", "1"]) == 1
-    assert "--epochs 1, but the run has 2 behind it" in capsys.readouterr().err
+    assert "--epochs 1 is fewer than the run's 2 (2 are done)" in capsys.readouterr().err
     assert main([*words, "--epochs", "3"]) == 0
     assert "trained 3 epochs" in capsys.readouterr().out
     assert main(["train", "--name", "other"]) == 1

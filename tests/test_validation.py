@@ -5,7 +5,7 @@ import pytest
 from conftest import SIZE, brightness_graph
 
 from service.detector import Detector
-from training.validation import DRAWN_PER_KIND, KINDS, draw, validate
+from training.validation import AT_MOST, DRAWN_PER_KIND, KINDS, draw, validate
 
 
 def normals(count: int = 4) -> np.ndarray:
@@ -53,6 +53,16 @@ def test_validation_ranks_a_graph_that_sees_the_defects_above_one_that_does_not(
     # All kinds are equally many, so that the whole is their mean.
     assert sharp.auroc == pytest.approx(np.mean(list(sharp.kinds.values())))
     assert sharp.aupro > blind.aupro
+
+
+def test_of_many_normals_a_sample_is_taken_and_not_the_first_ones(brightness):
+    """Named by camera or shift: of the last ones the first would tell nothing."""
+    levels = np.repeat(np.uint8([20, 250]), AT_MOST)
+    many = np.broadcast_to(levels[:, None, None, None], (2 * AT_MOST, *SIZE, 3)).copy()
+    found = validate(Detector(brightness, SIZE, "cpu"), many)
+    assert found.drawn == AT_MOST * len(KINDS) * DRAWN_PER_KIND
+    first = validate(Detector(brightness, SIZE, "cpu"), many[:AT_MOST])
+    assert found.auroc < first.auroc - 0.1  # half of the sample outshines what is drawn on dark
 
 
 @pytest.fixture(scope="module")

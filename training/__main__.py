@@ -1,6 +1,7 @@
 """The command line of training: `python -m training <command> --help`."""
 
 import argparse
+import io
 import json
 import logging
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from service.errors import ServiceError
+from training import files
 from training.errors import TrainingError
 from training.fetch import DATA_SETS
 from training.flags import (
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Ends like Ctrl-C, so that a rehearsal doesn't leave its service behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments) or 0)
@@ -78,16 +82,23 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from training import checkpoint as checkpoints
     from training import distributed
     from training.train import train
 
     given = vars(arguments)
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     given.pop("command")
-    with distributed.processes():
-        run = train(_settings(given, resume), resume=resume, overwrite=overwrite)
-        if distributed.first():
-            print(_outcome(run), flush=True)
+    settings = _settings(given, resume)
+    try:
+        with distributed.processes():
+            run = train(settings, resume=resume, overwrite=overwrite)
+            if distributed.first():
+                print(_outcome(run), flush=True)
+    except KeyboardInterrupt:  # before the first step
+        if (settings.folder / "checkpoint.json").exists() and distributed.first():
+            print(_outcome(checkpoints.read(settings.folder)), flush=True)
+        raise
     return 0 if run.finished else INTERRUPTED
 
 
@@ -120,15 +131,16 @@ def _settings(given: dict[str, object], resume: bool) -> Settings:
 
     run = checkpoints.read(asked.folder)
     saved = run.settings
-    if "epochs" in given and asked.epochs < run.epoch:
+    if "epochs" in given and asked.epochs < saved.epochs:
         raise TrainingError(
-            f"--resume: --epochs {asked.epochs}, but the run has {run.epoch} behind it already"
+            f"--resume: --epochs {asked.epochs} is fewer than the run's {saved.epochs} "
+            f"({run.epoch} are done); `export --unfinished` takes it as it is"
         )
     # What may differ: where files lie, what computes, and how long to go on.
     free = {"data", "models", "device", "epochs", "save_every", "strict"}
     free |= {"feature_cache", "feature_memory_gb"}
     for name, value in given.items():
-        found = name == "layout" and value == "auto"  # which one is recorded
+        found = name in ("layout", "precision") and value == "auto"  # what was found is recorded
         if name not in free and not found and value != getattr(saved, name):
             raise TrainingError(
                 f"--resume: {name} {value} contradicts the run's {getattr(saved, name)}"
@@ -272,6 +284,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _evaluate(arguments: argparse.Namespace) -> int:
     from training.evaluate import evaluate, table
 
+    _check_json(arguments.json)
     report = evaluate(
         arguments.bundle,
         arguments.data,
@@ -280,8 +293,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         strict=arguments.strict,
     )
-    print(table(report))
     _write_json(arguments.json, report.as_dict())
+    print(table(report))
     return 0
 
 
@@ -332,6 +345,7 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
     add_data(parser, "the data it was trained on")
+    add("--normals", type=Path, metavar="DIR", help="of an imported bundle: as for import")
     add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
@@ -342,20 +356,22 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _rehearse(arguments: argparse.Namespace) -> int:
     from training import evaluate, rehearsal
 
+    _check_json(arguments.json)
     result = rehearsal.rehearse(
         arguments.bundle,
         arguments.data,
         layout=arguments.layout,
         category=arguments.category,
+        normals=arguments.normals,
         target_fpr=arguments.target_fpr,
         device=arguments.device,
         pictures=arguments.pictures,
     )
+    _write_json(arguments.json, result.as_dict())
     print(evaluate.table(result.evaluation))
     print(rehearsal.table(result))
     if arguments.pictures:
         print(f"pictures in {arguments.pictures}")
-    _write_json(arguments.json, result.as_dict())
     return 0
 
 
@@ -460,10 +476,14 @@ def _accept_licence() -> None:
         raise TrainingError("the licence was not accepted (y, or --yes): nothing was downloaded")
 
 
+def _check_json(path: Path | None) -> None:
+    if path:
+        files.check_writable(path, "--json")
+
+
 def _write_json(path: Path | None, record: dict[str, object]) -> None:
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        files.write_text(path, json.dumps(record, indent=2) + "\n", "--json")
 
 
 if __name__ == "__main__":

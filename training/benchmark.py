@@ -8,7 +8,6 @@ shares the runs out.
 
 import contextlib
 import csv
-import fcntl
 import io
 import itertools
 import json
@@ -31,13 +30,13 @@ from service.bundle import Bundle
 from service.detector import Detector
 from service.errors import ServiceError
 from service.image import digest
-from training import data, datasets
+from training import data, datasets, files
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.evaluate import Report, evaluate
 from training.export import export
 from training.settings import ARCHITECTURES, Settings
-from training.train import choose_device, train
+from training.train import choose_device, stop_on_signal, train
 from training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -82,10 +81,12 @@ def benchmark(grids: list[Grid], out: Path, *, keep: bool = False) -> str:
     for where in {(s.data, s.layout, s.category) for s in planned}:
         pictures = datasets.read(Path(where[0]), *where[1:])
         pictures.to_train_on(), pictures.to_test_on()
-    out.mkdir(parents=True, exist_ok=True)
+    locks = out / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
     code, failed = software(), {}
     for number, settings in enumerate(planned, 1):
-        with _claimed(out, settings) as free:
+        (locks / settings.name).touch()
+        with files.claimed(locks / settings.name) as free:
             if not free or settings.name in {row["id"] for row in read_rows(out)}:
                 continue
             told = f"{method(settings)} on {place(settings)}, seed {settings.seed}"
@@ -140,25 +141,13 @@ def _combinations(grids: list[Grid]) -> Iterator[dict[str, Any]]:
                 yield chosen | {"category": category}
 
 
-@contextlib.contextmanager
-def _claimed(out: Path, settings: Settings) -> Iterator[bool]:
-    """False where another process is at this run; a kill gives it free."""
-    (out / "locks").mkdir(exist_ok=True)
-    with (out / "locks" / settings.name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def _run(settings: Settings) -> Row:
     """Train, or go on with it; export, evaluate. KeyboardInterrupt where it was interrupted."""
     started = (settings.folder / "checkpoint.json").exists()
-    run = train(settings, resume=started)
-    if not run.finished:
-        raise KeyboardInterrupt
+    with stop_on_signal() as stop:
+        run = train(settings, resume=started, stop=stop)
+    if stop.is_set():
+        raise KeyboardInterrupt  # saved, and perhaps finished: there is more to do either way
     models, root = Path(settings.models), Path(settings.data)
     shutil.rmtree(models / settings.name / "1", ignore_errors=True)  # of an interrupted export
     bundle = export(models, settings.name, version=1)
@@ -301,10 +290,12 @@ def _append(out: Path, row: Row) -> None:
 
 def _write_tables(out: Path) -> str:
     """Write table.csv and table.md from all rows; the Markdown."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    seeds: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in read_rows(out):
+        # A seed counts once, the latest: a path that is spelled in two ways makes two runs of it.
         key = row["data"], setup(row), row["method"]
-        groups.setdefault(key, []).append(row)
+        seeds.setdefault(key, {})[row["settings"]["seed"]] = row
+    groups = {key: list(rows.values()) for key, rows in seeds.items()}
     (out / "table.csv").write_text(_csv(groups))
     markdown = _markdown(groups)
     (out / "table.md").write_text(markdown)

@@ -6,7 +6,6 @@ checkpoint.json           everything else; names the state file, so replacing it
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from training import files
 from training.errors import TrainingError
 from training.model import ReverseDistillation, TeacherWeights
 from training.settings import Settings
@@ -31,6 +31,7 @@ class Checkpoint:
     trained: dict[str, str]  # path below the data folder -> SHA-256
     held_out: dict[str, str]
     data_fingerprint: str
+    copies: dict[str, str] = field(default_factory=dict)  # of trained images: the same pixels
     step: int = 0
     steps_per_epoch: int = 0
     losses: list[float] = field(default_factory=list)  # mean of each finished epoch
@@ -69,7 +70,7 @@ def save(
     weights = {f"model.{name}": value for name, value in model.trainable_state().items()}
     _write_tensors(folder / checkpoint.state_file, weights | moments)
     record = {"format": FORMAT} | asdict(checkpoint)
-    _replace(folder / "checkpoint.json", json.dumps(record, indent=2).encode())
+    files.replace(folder / "checkpoint.json", json.dumps(record, indent=2).encode())
     for state in folder.glob("state-*"):  # the previous one, and what a kill or a run before left
         if state.name != checkpoint.state_file:
             state.unlink(missing_ok=True)
@@ -121,14 +122,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _replace(path, safetensors.torch.save(contiguous))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also across a power cut."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    files.replace(path, safetensors.torch.save(contiguous))

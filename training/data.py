@@ -54,14 +54,18 @@ class Images:
     digests: list[str]  # SHA-256 of each file
     failed: dict[Path, str]
 
-    def distinct(self) -> list[int]:
-        """Indices of the images that are no copy of an earlier one, ascending.
+    def originals(self) -> list[int]:
+        """For each image the index of the first with the same pixels: its own, or a copy's.
 
-        Told by their pixels, since saving a picture anew changes the file and nothing else.
+        Saving a picture anew changes the file and nothing else.
         """
-        digests = [image.digest(pixels.tobytes()) for pixels in self.pixels]
-        first = {digest: index for index, digest in reversed(list(enumerate(digests)))}
-        return sorted(first.values())
+        first: dict[str, int] = {}
+        digests = (image.digest(pixels.tobytes()) for pixels in self.pixels)
+        return [first.setdefault(digest, index) for index, digest in enumerate(digests)]
+
+    def distinct(self) -> list[int]:
+        """Indices of the images that are no copy of an earlier one, ascending."""
+        return sorted(set(self.originals()))
 
 
 def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -> Images:
@@ -102,8 +106,10 @@ def hold_out(
     """(indices to train on, indices held out) of `count` normal images, chosen by seed.
 
     15 % are held out; at least 20 of 100 or more, so that a 5 % false-positive rate can be
-    promised. Images of one group (by index, in order of appearance) stay together, so a few more
-    may be held out. Raises TrainingError where fewer than 2 images would be left to train on.
+    promised. Images of one group (by index, in order of appearance) stay together, so the number
+    is a little more, or less where only large groups are left: none that leads beyond a quarter of
+    the images is held out, unless all would. Raises TrainingError where fewer than 2 images would
+    be left to train on.
     """
     held = max(1, round(0.15 * count))
     if count >= 100:
@@ -114,11 +120,13 @@ def hold_out(
     for index in range(count):
         members[index if groups is None else groups[index]].append(index)
     names = list(members)
+    order = [members[names[i]] for i in np.random.default_rng(seed).permutation(len(names))]
+    most = max(held, count // 4)
     held_out: list[int] = []
-    for chosen in np.random.default_rng(seed).permutation(len(names)):
-        if len(held_out) >= held:
-            break
-        held_out += members[names[chosen]]
+    for group in order:
+        if len(held_out) < held and len(held_out) + len(group) <= most:
+            held_out += group
+    held_out = held_out or min(order, key=len)
     trained = sorted(set(range(count)) - set(held_out))
     if len(trained) < 2:
         raise TrainingError(

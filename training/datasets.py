@@ -130,6 +130,8 @@ def read(root: Path, layout: str = "auto", category: str = "") -> Category:
 
 
 LABELLED = ("test", "ground_truth", "split_csv", "mt_free")  # folders of data sets
+GOOD = ("good", "ok", "normal")
+BAD = ("bad", "ng", "ko", "reject", "defect", "defective", "anomaly", "anomalous", "abnormal")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -154,8 +156,9 @@ def _recognise(root: Path, layout: str) -> tuple[str, list[str]]:
 def _refuse_labelled(root: Path) -> None:
     """A data set further down, or in a layout nobody knows, holds defects and masks as well."""
     for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
-        kinds = folder.name.lower() in ("good", "ok") and len(_folders(folder.parent)) > 1
-        if folder.name.lower() in LABELLED or kinds:
+        name = folder.name.lower()
+        kinds = name in GOOD and len(_folders(folder.parent)) > 1
+        if kinds or name in LABELLED or name.removesuffix("s") in BAD:
             raise TrainingError(
                 f"{root} looks like a plain folder of normal images, but holds "
                 f"{folder.relative_to(root)}{' beside others' if kinds else ''}: give the data "

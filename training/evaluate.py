@@ -82,7 +82,7 @@ class Report:
     digest: str
     images: int
     image: ImageMetrics
-    kinds: dict[str, float]  # image AUROC of one kind of defect against all normal images
+    kind_auroc: dict[str, float]  # image AUROC of one kind of defect against all normal images
     decisions: Decisions | None  # None without a threshold: imported without normal images
     pixel: PixelMetrics | None
     masks: MaskReport
@@ -185,7 +185,7 @@ def report_on(scored: Scored) -> Report:
         digest=bundle.digest,
         images=len(tests),
         image=image_metrics(scores, anomalous(tests)),
-        kinds=kind_aurocs(tests, scores),
+        kind_auroc=kind_aurocs(tests, scores),
         decisions=decisions_at(tests, scores, calibration.threshold, calibration.target_fpr)
         if calibration
         else None,
@@ -202,12 +202,13 @@ def labelled_images(
     """The labelled images of `root`.
 
     Where neither layout nor category is given, they are those that the bundle was trained with if
-    `root` has them: otherwise a split that the reader draws could bring trained images here.
+    `root` has them: otherwise a split that the reader draws could bring trained images here. A
+    plain folder has no labels, so after it they are found anew.
     """
     if layout is None and category is None:
         trained = bundle.manifest.training
         layout, category = str(trained.get("layout", "auto")), str(trained.get("category", ""))
-        if category not in datasets.categories(root, layout):
+        if layout == "folder" or category not in datasets.categories(root, layout):
             layout, category = "auto", ""
     return datasets.read(root, layout or "auto", category or "").to_test_on()
 
@@ -273,15 +274,16 @@ def table(report: Report) -> str:
 
 
 def _decision_lines(report: Report) -> list[str]:
-    width, made = max(len(kind) for kind in report.kinds), report.decisions
-    aurocs = {kind: f"{kind:{width}}  AUROC {auroc:.4f}" for kind, auroc in report.kinds.items()}
+    aurocs, made = report.kind_auroc, report.decisions
+    width = max(len(kind) for kind in aurocs)
+    told = {kind: f"    {kind:{width}}  AUROC {auroc:.4f}" for kind, auroc in aurocs.items()}
     if made is None:
         head = "  no threshold, so no decisions: imported without --normals"
-        return [head, *(f"    {told}" for told in aurocs.values())]
+        return [head, *told.values()]
     return [
         f"  at threshold {made.threshold:.4f} (target false-positive rate {made.target_fpr:.3g}):",
         f"    false positives {made.false_positives}",
-        *(f"    {told}   detected {made.kinds[kind]}" for kind, told in aurocs.items()),
+        *(f"{start}   detected {made.kinds[kind]}" for kind, start in told.items()),
     ]
 
 

@@ -107,7 +107,7 @@ def export(
             embedding_planes=scorer.model.embedding_planes,
         ),
         teacher=run.teacher,
-        trained=list(run.trained.values()),
+        trained=list(dict.fromkeys([*run.trained.values(), *run.copies.values()])),
         fingerprint=run.data_fingerprint,
         training=_portable_settings(run),
         metrics={"epochs": run.epoch, **({"loss": run.losses[-1]} if run.losses else {})},

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service import image
 from service.bundle import Bundle, Network
 from training import data, datasets
 from training.errors import TrainingError
@@ -395,14 +394,16 @@ def _held_out(folder: Path | None, size: tuple[int, int]) -> tuple[dict[str, str
     """SHA-256 by name below `folder`, and pixels (N, h, w, 3), of normal pictures that differ."""
     if folder is None:
         return {}, np.empty((0, *size, 3), np.uint8)
-    if (folder / "train").is_dir() or (folder / "test").is_dir():
+    try:
+        pictures = datasets.read(folder) if len(datasets.categories(folder)) == 1 else None
+        paths = pictures.to_train_on() if pictures and pictures.layout == "folder" else None
+    except TrainingError as error:
+        raise TrainingError(f"--normals: {error}") from None
+    if paths is None:
         raise TrainingError(
-            f"--normals {folder}: is a data set with train/ or test/; give a folder of normal "
-            "pictures alone, of which none was trained on"
+            f"--normals: {folder} is a data set; give a folder of normal pictures alone, of which "
+            "none was trained on"
         )
-    paths = datasets.find_images(folder) if folder.is_dir() else []
-    if not paths:
-        raise TrainingError(f"--normals {folder}: no images ({', '.join(image.SUFFIXES)})")
     loaded = data.load(paths, size, strict=False, what="normal images")
     kept = loaded.distinct()  # a copy is no second sample
     names = {str(loaded.paths[i].relative_to(folder)): loaded.digests[i] for i in kept}

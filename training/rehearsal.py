@@ -30,8 +30,8 @@ from training.evaluate import (
     Report,
     anomalous,
     decisions_at,
-    evaluate,
-    labelled_images,
+    report_on,
+    score_images,
 )
 from training.metrics import ImageMetrics, image_metrics
 from training.progress import progress
@@ -70,29 +70,27 @@ def rehearse(
     *,
     layout: str | None = None,
     category: str | None = None,
+    normals: Path | None = None,
     target_fpr: float | None = None,
     device: Device = "auto",
     pictures: Path | None = None,
 ) -> Rehearsal:
     """Evaluate, serve, calibrate and inspect the bundle in `folder` with the images of `root`.
 
-    Writes overlays of a few test images of each kind to `pictures`. Raises TrainingError where the
-    service doesn't start, refuses an image that `evaluate` could read, or ranks the images
-    differently: image AUROC must agree to AUROC_LIMIT.
+    The held-out images lie below `normals`, by default `root`. Writes overlays of a few test
+    images of each kind to `pictures`. Raises TrainingError where the service doesn't start, refuses
+    an image that `evaluate` could read, or ranks the images differently: image AUROC must agree to
+    AUROC_LIMIT.
     """
     bundle = Bundle(folder)
     if not bundle.manifest.data.held_out:
         raise TrainingError(
             f"{folder}: has no held-out images to calibrate with: import it with --normals"
         )
-    held_out = [_held_out(root, one) for one in bundle.manifest.data.held_out]
-    evaluation = evaluate(folder, root, layout=layout, category=category, device=device)
-    target = target_fpr or default_target_fpr(len(held_out))
-    tests = [
-        t
-        for t in labelled_images(bundle, root, layout, category)
-        if str(t.path.relative_to(root)) in evaluation.scores
-    ]
+    held_out = [_held_out(normals or root, one) for one in bundle.manifest.data.held_out]
+    scored = score_images(folder, root, layout=layout, category=category, device=device)
+    evaluation, tests = report_on(scored), scored.tests
+    target = default_target_fpr(len(held_out)) if target_fpr is None else target_fpr
     with serving(folder, device) as client:
         calibration = _calibrate(client, held_out, target)
         started = time.perf_counter()
@@ -122,8 +120,8 @@ def _held_out(root: Path, held_out: HeldOutImage) -> Path:
     path = root / held_out.file
     if not path.is_file() or image.digest(path.read_bytes()) != held_out.sha256:
         raise TrainingError(
-            f"{path}: the held-out image of training is not there, or has changed; --data must be "
-            "the folder that the bundle was trained on"
+            f"{path}: the held-out image is not there, or has changed; --data must be the folder "
+            "that the bundle was trained on, or --normals the one that it was imported with"
         )
     return path
 

@@ -30,7 +30,7 @@ from service.calibration import Calibration, decide
 from service.detector import Device
 from service.errors import ServiceError
 from training import checkpoint as checkpoints
-from training import data
+from training import data, files
 from training.charts import Axis, Chart, axis_over, histogram
 from training.errors import TrainingError
 from training.evaluate import (
@@ -147,12 +147,13 @@ def write_report(
     bundle = Bundle(folder)
     own_calibration(bundle)
     out = out or Path(f"{bundle.name}-{bundle.version}.html")
-    _check_writable(out)
+    files.check_writable(out, "--out")
     scored = score_images(
         folder, root, layout=layout, category=category, device=device, strict=strict
     )
     report = report_on(scored)
-    _write(out, render(scored, report, worst=worst, command=shlex.join(command)))
+    page = render(scored, report, worst=worst, command=shlex.join(command))
+    files.write_text(out, page, "--out")
     return out, report
 
 
@@ -505,32 +506,3 @@ def _software() -> dict[str, str]:
         "NumPy": np.__version__,
         "scikit-learn": sklearn.__version__,
     }
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise TrainingError(f"--out {out}: is a folder; name a file")
-        # What is there stays until the report is whole.
-        partial = _partial(out)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise TrainingError(f"--out {out}: can't be written: {error.strerror}") from error
-
-
-def _write(out: Path, page: str) -> None:
-    """Whole or not at all."""
-    partial = _partial(out)
-    try:
-        # A file name that is no UTF-8 is shown with its odd bytes spelled out.
-        partial.write_bytes(page.encode("utf-8", "backslashreplace"))
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(f"--out {out}: can't be written: {error.strerror}") from error
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")

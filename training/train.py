@@ -17,7 +17,7 @@ import torch
 
 from service.bundle import NAME_PATTERN
 from training import checkpoint as checkpoints
-from training import data, datasets, distributed
+from training import data, datasets, distributed, files
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.features import TeacherFeatures, teacher_features
@@ -29,15 +29,21 @@ from training.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> Checkpoint:
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+) -> Checkpoint:
     """Train, or go on with, the run `settings.folder`; returns it as it was last saved.
 
-    Raises TrainingError for bad data, weights or settings. SIGINT and SIGTERM save and return; too
-    late to stop anything, they raise KeyboardInterrupt once the finished run is saved.
-    Of several processes (training/distributed) each computes its part of every batch.
+    Raises TrainingError for bad data, weights or settings, and where another process trains this
+    run. Saves and returns early when `stop` is set, by default by SIGINT or SIGTERM. Of several
+    processes (training/distributed) each computes its part of every batch.
     """
     device = choose_device(settings.device)
-    precision = choose_precision(settings.precision, device)
+    settings = replace(settings, precision=choose_precision(settings.precision, device))
     if settings.batch_size < distributed.count():
         raise TrainingError(
             f"--batch-size {settings.batch_size} is divided among all processes: it must be at "
@@ -51,7 +57,33 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     distributed.require_same("images or checkpoints", f"{run.data_fingerprint} {run.step}")
     if run.finished:
         return run
+    with _alone(settings.folder):
+        return _run(run, model, images, device, resume, stop)
 
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises TrainingError where another process trains this run; the first of several asks."""
+    if not distributed.first():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.claimed(folder) as free:
+        if not free:
+            raise TrainingError(f"{folder}: another process is training this run")
+        yield
+
+
+def _run(
+    run: Checkpoint,
+    model: ReverseDistillation,
+    images: np.ndarray,
+    device: torch.device,
+    resume: bool,
+    stop: threading.Event | None,
+) -> Checkpoint:
+    settings = run.settings
+    precision: torch.dtype = getattr(torch, settings.precision)
     if resume:
         checkpoints.load_weights(run, settings.folder, model)
     model.to(device).to(memory_format=torch.channels_last).train()
@@ -76,7 +108,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     batches = steps(len(run.trained), settings, run.step)
     with (
         _features(model, images, run, device, precision) as features,
-        stop_on_signal() as stop,
+        contextlib.nullcontext(stop) if stop else stop_on_signal() as stop,
         _progress(run) as bar,
     ):
         for indices in batches:
@@ -104,8 +136,6 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
                 checkpoints.save(run, model, optimizer)
             if stopping:
                 break
-    if stop.is_set() and run.finished:  # whoever called may have more to do
-        raise KeyboardInterrupt
     return run
 
 
@@ -163,14 +193,13 @@ def choose_device(name: str) -> torch.device:
     return distributed.cuda_device() if name == "cuda" else torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
+def choose_precision(name: str, device: torch.device) -> str:
     """float32 on the CPU, where runs are reproducible; bfloat16 or float16 on CUDA."""
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    precision: torch.dtype = getattr(torch, name)
-    return precision
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 def _start(
@@ -194,7 +223,8 @@ def _start(
     loaded = data.load(paths, settings.image_size, strict=settings.strict, what="normal images")
     names = [str(path.relative_to(root)) for path in loaded.paths]
     # A copy of a trained image among the held-out ones would break the promised rate.
-    kept = loaded.distinct()
+    originals = loaded.originals()
+    kept = sorted(set(originals))
     if len(kept) < len(names):
         log.warning("left out %d copies of other pictures", len(names) - len(kept))
     together = [groups[loaded.paths[index]] for index in kept] if groups else None
@@ -209,6 +239,11 @@ def _start(
         teacher=teacher,
         trained={names[kept[i]]: loaded.digests[kept[i]] for i in trained},
         held_out={names[kept[i]]: loaded.digests[kept[i]] for i in held_out},
+        copies={
+            names[i]: loaded.digests[i]
+            for i, original in enumerate(originals)
+            if i != original and original in {kept[j] for j in trained}
+        },
         data_fingerprint=data.fingerprint(loaded.digests[index] for index in kept),
         steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
     )
@@ -231,6 +266,7 @@ def _resume(settings: Settings) -> tuple[np.ndarray, Checkpoint]:
         teacher_weights=run.settings.teacher_weights,
         layout=run.settings.layout,
         category=run.settings.category,
+        precision=run.settings.precision,
         embedding_planes=run.settings.embedding_planes,
     )
     root = Path(settings.data)
