@@ -12,8 +12,6 @@ alike; before that, all must give the same loss.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +27,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from training import files
+from training.benchmark import hardware
 from training.features import TeacherFeatures, teacher_features
 from training.losses import Objective, consistency_loss, distillation_loss
 from training.model import Teacher, from_settings
@@ -199,19 +199,6 @@ def rows(seconds: list[list[float]]) -> list[dict[str, Any]]:
     return found
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 1 where a recipe computes something else."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
@@ -283,8 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "features_s_per_image": filling,
             "recipes": table,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        files.write_text(arguments.json, json.dumps(record, indent=2) + "\n", "--json")
     return 0
 
 
