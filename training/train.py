@@ -58,7 +58,7 @@ def train(
     if run.finished:
         return run
     with _alone(settings.folder):
-        return _run(run, model, images, device, resume, stop)
+        return _optimise(run, model, images, device, resume, stop)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(
+def _optimise(
     run: Checkpoint,
     model: ReverseDistillation,
     images: np.ndarray,
