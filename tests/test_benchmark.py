@@ -116,6 +116,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(grid, tmp_path):
         assert row["settings"]["lr"] == 0.005
 
 
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(grid, tmp_path):
+    plan = grid | {"teacher_weights": [*grid["teacher_weights"], "nope.safetensors"]}
+    with pytest.raises(TrainingError, match="teacher weights nope.safetensors: no such file"):
+        benchmark([plan], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_without_labelled_images_are_refused_before_anything_is_trained(grid, tmp_path):
     (tmp_path / "plain").mkdir()
     write_picture(tmp_path / "plain" / "one.png", normal_picture(np.random.default_rng(0)))
@@ -276,7 +283,7 @@ def test_published_figures_stand_beside_those_of_the_same_category(finished, tmp
 def test_a_plan_has_grids_that_share_what_stands_at_its_top_and_flags_win(tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(
-        'seed = [1, 2]\nbackbone = "resnet18"\n[[grid]]\ndata = "one"\nimage_size = [64, "64x96"]\n'
+        'seed = [1, 2]\nbackbone = "resnet18"\n[[grid]]\ndata = "one"\nimage-size = [64, "64x96"]\n'
         '[[grid]]\ndata = ["two", "three"]\nrefinement = [true, false]\nepochs = 3\n'
     )
     first, second = read_plan(plan, {"epochs": [7]})

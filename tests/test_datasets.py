@@ -333,6 +333,19 @@ def test_a_folder_that_seems_to_hold_defects_is_not_taken_for_normal(tmp_path, f
     assert datasets.read(tmp_path, "folder").to_train_on()
 
 
+def test_links_to_folders_are_followed_once_and_dangling_ones_are_left_to_be_named(tmp_path):
+    """Pictures of a line often lie on a share; one that isn't mounted must not shrink the set."""
+    pictures(tmp_path, "here/a.png", "share/b.png", "other/bad/c.png")
+    (tmp_path / "here" / "day 2").symlink_to(tmp_path / "share")
+    (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "gone.png").symlink_to(tmp_path / "unmounted.png")
+    found = datasets.read(tmp_path / "here").to_train_on()
+    assert below(tmp_path / "here", found) == ["a.png", "day 2/b.png", "gone.png"]
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "other")
+    with pytest.raises(TrainingError, match="holds more/bad"):
+        datasets.read(tmp_path / "here")
+
+
 def test_a_folder_is_taken_whole_where_that_is_asked_for(mvtec):
     assert len(datasets.read(mvtec, "folder").to_train_on()) == 7
 

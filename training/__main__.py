@@ -190,7 +190,7 @@ def _tell(bundle: "Bundle") -> None:
     calibration, graph = bundle.default_calibration(), bundle.manifest.graph
     print(
         f"wrote {bundle.folder}: {len(bundle.read_graph()) / 1e6:.1f} MB, opset {graph.opset}, "
-        f"difference from torch {graph.parity:.1e}"
+        f"difference from torch {graph.parity:.1e}; a running service reads it at its next start"
     )
     if calibration is None:
         print("no threshold: calibrate it (POST /v1/calibrate), or import again with --normals")
@@ -345,7 +345,7 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
     add_data(parser, "the data it was trained on")
-    add("--normals", type=Path, metavar="DIR", help="of an imported bundle: as for import")
+    add("--normals", type=Path, metavar="DIR", help="where held-out images lie, if not in --data")
     add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
     add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
     add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
@@ -400,7 +400,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     grids = read_plan(plan, given) if plan else [given]
     if not all(grid.get("data") for grid in grids):
         raise TrainingError("a benchmark needs --data, or data in each grid of its plan")
-    print(benchmark(grids, out, keep=keep))
+    try:
+        print(benchmark(grids, out, keep=keep))
+    except KeyboardInterrupt:
+        print(f"stopped; rows are in {out}, and the same command goes on", flush=True)
+        raise
     return 0
 
 

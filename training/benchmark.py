@@ -74,13 +74,16 @@ def benchmark(grids: list[Grid], out: Path, *, keep: bool = False) -> str:
     """Run what of the plan has no row in `out` yet; write and return the Markdown table.
 
     `keep` leaves checkpoints and bundles in `out/models`. Raises TrainingError for data that can't
-    be trained or evaluated on, before anything is run; and at the end, naming them, for runs that
-    failed.
+    be trained or evaluated on and for weights that aren't there, before anything is run; and at the
+    end, naming them, for runs that failed.
     """
     planned = list(runs(grids, out / "models"))
     for where in {(s.data, s.layout, s.category) for s in planned}:
         pictures = datasets.read(Path(where[0]), *where[1:])
         pictures.to_train_on(), pictures.to_test_on()
+    for weights in {s.teacher_weights for s in planned} - {"hub"}:
+        if not Path(weights).is_file():
+            raise TrainingError(f"teacher weights {weights}: no such file")
     locks = out / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     code, failed = software(), {}

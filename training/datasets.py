@@ -7,9 +7,10 @@ Nothing is copied, renamed or rewritten: a data set is read where and as it was 
 """
 
 import csv
+import os
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,8 +136,25 @@ BAD = ("bad", "ng", "ko", "reject", "defect", "defective", "anomaly", "anomalous
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, by path."""
-    return sorted(p for p in folder.rglob("*") if image.is_image_name(p) and p.is_file())
+    """All image files below a folder, by path; dangling links too, so that reading names them."""
+    return sorted(
+        place / name
+        for place, names in _walk(folder)
+        for name in names
+        if image.is_image_name(name)
+    )
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `root` down and the names of its files; links are followed, each once."""
+    seen = set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield Path(place), names
 
 
 def _recognise(root: Path, layout: str) -> tuple[str, list[str]]:
@@ -155,7 +173,7 @@ def _recognise(root: Path, layout: str) -> tuple[str, list[str]]:
 
 def _refuse_labelled(root: Path) -> None:
     """A data set further down, or in a layout nobody knows, holds defects and masks as well."""
-    for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
+    for folder in sorted(place for place, _ in _walk(root) if place != root):
         name = folder.name.lower()
         kinds = name in GOOD and len(_folders(folder.parent)) > 1
         if kinds or name in LABELLED or name.removesuffix("s") in BAD:

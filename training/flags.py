@@ -191,6 +191,11 @@ def read_plan(file: Path, given: dict[str, list[Any]]) -> list[dict[str, list[An
     grids = common.pop("grid", [{}])
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         raise TrainingError(f"plan {file}: write [[grid]] for each grid")
+    # A key may be spelled as its flag is.
+    common, *grids = (
+        {name.replace("-", "_"): value for name, value in settings.items()}
+        for settings in (common, *grids)
+    )
     parser = _PlanParser(f"plan {file}", add_help=False, allow_abbrev=False)
     add_axes(parser)
     known = [action.dest for action in parser._actions]

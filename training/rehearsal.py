@@ -121,7 +121,7 @@ def _held_out(root: Path, held_out: HeldOutImage) -> Path:
     if not path.is_file() or image.digest(path.read_bytes()) != held_out.sha256:
         raise TrainingError(
             f"{path}: the held-out image is not there, or has changed; --data must be the folder "
-            "that the bundle was trained on, or --normals the one that it was imported with"
+            "that the bundle was trained on, or --normals that, or the one it was imported with"
         )
     return path
 

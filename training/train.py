@@ -255,6 +255,12 @@ def _start(
         len(held_out),
         f", of {len(set(together))} groups" if together else "",
     )
+    if len(held_out) < 19:
+        log.warning(
+            "%d held-out images can't promise a false-positive rate below %.2g: 19 (of 100) are "
+            "needed for 5 %%, 99 (of 660) for 1 %%",
+            *(len(held_out), 1 / (len(held_out) + 1)),
+        )
     return loaded.pixels[[kept[i] for i in trained]], run
 
 
