@@ -156,7 +156,16 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "bundle MODELS/NAME/VERSION.",
     )
     add = parser.add_argument
-    add("--name", required=True, help="the model's name")
+    _add_target(parser)
+    add("--data", type=Path, help="where the run's data lie now, if they were moved")
+    add("--unfinished", action="store_true", help="export a run that was interrupted as it is")
+    parser.set_defaults(command=_export)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that writes a bundle."""
+    add = parser.add_argument
+    add("--name", required=True, help="the model's name: a product or a view")
     add("--models", type=Path, default=Path("models"), help="default: models")
     add("--version", type=positive, help="default: one more than the newest")
     add(
@@ -165,9 +174,6 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default="float32",
         help="how weights are stored; float16 halves the file (default: float32)",
     )
-    add("--data", type=Path, help="where the run's data lie now, if they were moved")
-    add("--unfinished", action="store_true", help="export a run that was interrupted as it is")
-    parser.set_defaults(command=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -220,8 +226,7 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="default: torchvision's ImageNet weights by timm; anomalib's .ckpt holds its own",
     )
     add("--teacher-licence", metavar="TEXT", default="", help="recorded where none is stated")
-    add("--name", required=True, help="the model's name: a product or a view")
-    add("--models", type=Path, default=Path("models"), help="default: models")
+    _add_target(parser)
     add(
         "--image-size",
         type=positive,
@@ -234,13 +239,6 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         type=Path,
         metavar="DIR",
         help="pictures of normal parts that were not trained on, for the default threshold",
-    )
-    add("--version", type=positive, help="default: one more than the newest")
-    add(
-        "--weights",
-        choices=("float32", "float16"),
-        default="float32",
-        help="how weights are stored; float16 halves the file (default: float32)",
     )
     parser.set_defaults(command=_import)
 

@@ -184,7 +184,7 @@ def report_on(scored: Scored) -> Report:
         bundle=f"{bundle.name}/{bundle.version}",
         digest=bundle.digest,
         images=len(tests),
-        image=image_metrics(scores, anomalous(tests)),
+        image=image_metrics(scores, are_anomalous(tests)),
         kind_auroc=kind_aurocs(tests, scores),
         decisions=decisions_at(tests, scores, calibration.threshold, calibration.target_fpr)
         if calibration
@@ -222,14 +222,14 @@ def _count_known(bundle: Bundle, loaded: data.Images) -> int:
     return count
 
 
-def anomalous(tests: list[TestImage]) -> np.ndarray:
+def are_anomalous(tests: list[TestImage]) -> np.ndarray:
     return np.array([test.anomalous for test in tests])
 
 
 def kind_aurocs(tests: list[TestImage], scores: np.ndarray) -> dict[str, float]:
     """Image AUROC of each kind of defect against all normal images."""
     kinds = np.array([test.kind for test in tests])
-    positive = anomalous(tests)
+    positive = are_anomalous(tests)
     found = {}
     for kind in sorted(set(kinds[positive])):
         chosen = (kinds == kind) | ~positive
@@ -243,7 +243,7 @@ def decisions_at(
     """What a threshold makes of labelled images' scores, wherever these were computed."""
     called = np.array([decide(score, threshold) == "anomalous" for score in scores])
     kinds = np.array([test.kind for test in tests])
-    positive = anomalous(tests)
+    positive = are_anomalous(tests)
 
     def rate(chosen: np.ndarray) -> Rate:
         return Rate(int(called[chosen].sum()), int(chosen.sum()))

@@ -28,7 +28,7 @@ from training.errors import TrainingError
 from training.evaluate import (
     Decisions,
     Report,
-    anomalous,
+    are_anomalous,
     decisions_at,
     report_on,
     score_images,
@@ -99,7 +99,7 @@ def rehearse(
         if pictures:
             _save_pictures(client, tests, pictures)
     scores = np.array([answer["score"] for answer in answers])
-    metrics = image_metrics(scores, anomalous(tests))
+    metrics = image_metrics(scores, are_anomalous(tests))
     difference = abs(metrics.auroc - evaluation.image.auroc)
     if difference > AUROC_LIMIT:
         raise TrainingError(

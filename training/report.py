@@ -38,6 +38,7 @@ from training.evaluate import (
     Rate,
     Report,
     Scored,
+    are_anomalous,
     report_on,
     score_images,
 )
@@ -183,7 +184,7 @@ def render(scored: Scored, report: Report, *, worst: int, command: str) -> str:
     calibration = own_calibration(bundle)
     decisions = report.decisions
     assert decisions  # made with that calibration
-    anomalous = np.array([test.anomalous for test in scored.tests])
+    anomalous = are_anomalous(scored.tests)
     scores = scored.scores
     held_out = np.array([one.score for one in bundle.manifest.data.held_out])
     over = histogram(

@@ -229,6 +229,7 @@ def _start(
         log.warning("left out %d copies of other pictures", len(names) - len(kept))
     together = [groups[loaded.paths[index]] for index in kept] if groups else None
     trained, held_out = data.hold_out(len(kept), settings.seed, together)
+    originals_trained = {kept[i] for i in trained}
     run = Checkpoint(
         settings=replace(
             settings,
@@ -242,7 +243,7 @@ def _start(
         copies={
             names[i]: loaded.digests[i]
             for i, original in enumerate(originals)
-            if i != original and original in {kept[j] for j in trained}
+            if i != original and original in originals_trained
         },
         data_fingerprint=data.fingerprint(loaded.digests[index] for index in kept),
         steps_per_epoch=len(batch_slices(len(trained), settings.batch_size)),
