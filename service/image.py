@@ -1,8 +1,8 @@
 """The only way in for pixels: encoded bytes -> RGB (H, W, 3) -> the model's size.
 
-Training, evaluation, calibration and inspection all call `decode` and `resize`, so a score
-depends on the picture alone and not on who looked at it. EXIF orientation is applied, alpha is
-dropped, gray is repeated, 16 bits are scaled to 8 by dropping the low byte.
+Training, evaluation, calibration and inspection all call `decode_to`, so a score depends on the
+picture alone and not on who looked at it. EXIF orientation is applied, alpha is dropped, gray is
+repeated, 16 bits are scaled to 8 by dropping the low byte.
 """
 
 import hashlib
@@ -21,6 +21,13 @@ from service.errors import InvalidImage, TooLarge, UnsupportedFormat
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 50_000_000
+
+# libjpeg's reduced sizes. IMREAD_REDUCED_COLOR_* would bring IMREAD_COLOR_BGR's bit along.
+_REDUCED = {
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+}
 
 # Refusals are reported by us, with names; OpenCV would also print each to stderr.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -66,6 +73,31 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises InvalidImage, UnsupportedFormat or TooLarge (the header says more than `max_pixels`).
     Holds no lock of Python's while decoding.
     """
+    return _decode(data, _readable_header(data, max_pixels))
+
+
+def decode_to(
+    data: bytes, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """RGB uint8 (h, w, 3) at `size` = (height, width), and the (height, width) it had.
+
+    A JPEG of at least twice `size` is decoded at 1/2, 1/4 or 1/8: leaving high frequencies out of
+    its cosine transform is an exact low-pass filter, and most of the work. Raises as `decode`.
+    """
+    header = _readable_header(data, max_pixels)
+    stored = (header.height, header.width)
+    factor = _reduction(stored, size) if header.format == "JPEG" else 1
+    pixels = _decode(data, header, factor)
+    if factor == 1:
+        return resize(pixels, size), (pixels.shape[0], pixels.shape[1])
+    turned = pixels.shape[:2] != _reduced(stored, factor)  # by EXIF
+    original = stored[::-1] if turned else stored
+    if turned and factor > _reduction(original, size):
+        pixels = _decode(data, header)
+    return resize(pixels, size), original
+
+
+def _readable_header(data: bytes, max_pixels: int) -> Header:
     header = read_header(data)
     if header.width * header.height > max_pixels:
         raise TooLarge(
@@ -76,8 +108,30 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise UnsupportedFormat(
             f"{header.format} with 32-bit samples has no defined white; store 8 or 16 bits"
         )
+    return header
+
+
+def _reduction(stored: tuple[int, int], size: tuple[int, int]) -> int:
+    """The largest of 8, 4 and 2 that leaves at least `size`, else 1."""
+    height, width = stored
+    for factor in _REDUCED:
+        reduced = _reduced(stored, factor)
+        # Different sides that round to the same would hide whether the image was turned.
+        told_apart = height == width or reduced[0] != reduced[1]
+        if told_apart and height >= factor * size[0] and width >= factor * size[1]:
+            return factor
+    return 1
+
+
+def _reduced(stored: tuple[int, int], factor: int) -> tuple[int, int]:
+    return -(-stored[0] // factor), -(-stored[1] // factor)
+
+
+def _decode(data: bytes, header: Header, factor: int = 1) -> np.ndarray:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(
+            np.frombuffer(data, np.uint8), _REDUCED.get(factor, cv2.IMREAD_COLOR_RGB)
+        )
     except cv2.error:
         pixels = None
     if pixels is None:

@@ -98,7 +98,7 @@ class Inspector:
     ) -> Inspected:
         """Score one encoded image and decide; `encode` puts the picture into the JSON as base64.
 
-        Raises the errors of `image.decode` and `Batcher.submit`, and Uncalibrated where there is
+        Raises the errors of `image.decode_to` and `Batcher.submit`, and Uncalibrated where there is
         no threshold to decide by.
         """
         _limit(model, threshold)  # refused before the work, not after it
@@ -289,12 +289,8 @@ class Inspector:
         return [scored[i] for i in sorted(scored)], [failed[i] for i in sorted(failed)]
 
     def _decode(self, data: bytes, model: Model) -> _Decoded:
-        pixels = image.decode(data, self._settings.max_image_pixels)
-        return _Decoded(
-            image.resize(pixels, model.image_size),
-            (pixels.shape[0], pixels.shape[1]),
-            image.digest(data),
-        )
+        limit = self._settings.max_image_pixels
+        return _Decoded(*image.decode_to(data, model.image_size, limit), image.digest(data))
 
     def _decode_sample(self, data: bytes, model: Model) -> tuple[_Decoded, str]:
         limit = self._settings.max_image_bytes

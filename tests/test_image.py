@@ -177,6 +177,84 @@ def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
     assert image.resize(GRADIENT, (64, 48)) is GRADIENT
 
 
+SMOOTH = np.asarray(  # (300, 420, 3), smooth enough for an eighth of it to show all
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (4, 6, 3), np.uint8)).resize(
+        (420, 300), Image.Resampling.BICUBIC
+    )
+)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
+def test_other_formats_are_decoded_whole_and_resized(format: str) -> None:
+    pixels, size = image.decode_to(encoded(SMOOTH, format), (32, 64))
+
+    assert size == (300, 420)
+    assert np.array_equal(pixels, image.resize(SMOOTH, (32, 64)))
+
+
+@pytest.mark.parametrize(
+    "size", [(32, 32), (64, 96), (150, 210), (151, 210), (300, 420), (512, 512)]
+)
+def test_a_jpeg_at_reduced_scale_is_nearly_the_whole_one_resized(size: tuple[int, int]) -> None:
+    data = encoded(SMOOTH, "JPEG", quality=95)
+
+    pixels, original = image.decode_to(data, size)
+
+    assert original == (300, 420)
+    assert pixels.shape == (*size, 3)
+    whole = image.resize(image.decode(data), size).astype(int)
+    assert np.abs(pixels - whole).mean() < 4  # shifted by a pixel: 5 and more
+
+
+def test_a_jpeg_of_twice_the_size_is_decoded_at_half_and_a_smaller_one_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded = []
+    resize = image.resize
+    monkeypatch.setattr(
+        image, "resize", lambda p, size: (decoded.append(p.shape), resize(p, size))[1]
+    )
+    data = encoded(SMOOTH, "JPEG")
+
+    for size in ((151, 210), (150, 210), (75, 105), (76, 105), (37, 52), (2, 2)):
+        image.decode_to(data, size)
+
+    assert [shape[:2] for shape in decoded] == [
+        (300, 420), (150, 210), (75, 105), (150, 210), (38, 53), (38, 53)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("stored", [(300, 420), (299, 300), (300, 300), (420, 300)])
+@pytest.mark.parametrize("size", [(32, 160), (160, 32), (150, 150)])
+def test_a_reduced_jpeg_is_turned_as_a_whole_one(
+    orientation: int, stored: tuple[int, int], size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image.resize(SMOOTH, stored), "JPEG", quality=95, exif=exif)
+    whole = image.decode(data)
+
+    pixels, original = image.decode_to(data, size)
+
+    assert original == whole.shape[:2]
+    assert np.abs(pixels.astype(int) - image.resize(whole, size)).mean() < 3
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_truncated_jpeg_is_refused_at_reduced_scale_too(share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    whole = encoded(noise, "JPEG")
+
+    with pytest.raises(InvalidImage):
+        image.decode_to(whole[: int(len(whole) * share)], (32, 32))
+
+
+def test_too_many_pixels_are_refused_before_decoding_at_reduced_scale() -> None:
+    with pytest.raises(TooLarge, match="the limit is 100000"):
+        image.decode_to(encoded(SMOOTH, "JPEG"), (32, 32), max_pixels=100_000)
+
+
 def test_reading_a_file_is_decoding_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "part.png"
     path.write_bytes(encoded(GRADIENT))

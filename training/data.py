@@ -78,7 +78,7 @@ def load(paths: list[Path], size: tuple[int, int], *, strict: bool, what: str) -
         try:
             str(path).encode()  # a name that is no text can't stand in any record
             data = path.read_bytes()
-            return image.resize(image.decode(data), size), image.digest(data)
+            return image.decode_to(data, size)[0], image.digest(data)
         except UnicodeEncodeError:
             return "its name is not UTF-8"
         except (ServiceError, OSError) as error:
