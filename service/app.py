@@ -30,7 +30,7 @@ from service.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from service.heatmap import Render
+from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.inspection import Inspected, Inspector
 from service.metrics import Metrics
 from service.middleware import RequestRecord
@@ -129,7 +129,7 @@ def create_app(settings: Settings) -> FastAPI:
         response_model=Inspection,
         openapi_extra={"requestBody": INSPECT_BODY},
         responses={
-            200: {"content": {"image/png": _IMAGE_BYTES}},
+            200: {"content": {"image/png": _IMAGE_BYTES, "image/jpeg": _IMAGE_BYTES}},
             **_problems(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
         },
         tags=["inspection"],
@@ -150,12 +150,11 @@ def create_app(settings: Settings) -> FastAPI:
             float | None, Query(ge=1e-6, le=1e6, description="instead of the calibration's")
         ] = None,
     ) -> Any:
-        """Score one image: pass or fail, and where. `Accept: image/png` returns the picture
-        itself, with the decision in headers."""
+        """Score one image: pass or fail, and where. `Accept: image/*` returns the picture itself,
+        with the decision in headers: a PNG; an overlay as JPEG, or as PNG (slow, lossless) where
+        only `image/png` is accepted."""
         started = time.perf_counter()
-        as_png = _wants_png(request)
-        if as_png and render == "none":
-            raise InvalidParameter("render=none has no picture to return as image/png")
+        picture_type = _picture_type(request, render)
         async with _deadline(settings.request_timeout_s):
             chosen = await registry.get(model, version, digest)
             with chosen.batcher.place():
@@ -169,13 +168,13 @@ def create_app(settings: Settings) -> FastAPI:
                         threshold=threshold,
                         request_id=request.state.request_id,
                         started=started,
-                        encode=not as_png,
+                        picture_type=picture_type,
                     ),
                 )
         if inspected is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        if as_png:
-            return _picture_response(inspected)
+        if picture_type is not None:
+            return _picture_response(inspected, picture_type)
         return Response(inspected.json, media_type="application/json")
 
     @app.post(
@@ -374,12 +373,25 @@ async def _calibration_images(
             yield upload.filename or f"image {number}", await upload.read(max_bytes + 1)
 
 
-def _wants_png(request: Request) -> bool:
-    accepted = [part.split(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
-    return "image/png" in accepted and "application/json" not in accepted
+def _picture_type(request: Request, render: Render) -> MediaType | None:
+    """The type of picture that is wanted instead of JSON; None for JSON.
+
+    Raises InvalidParameter where only pictures are accepted, of types that `render` doesn't have.
+    """
+    accept = request.headers.get("accept", "")
+    accepted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    if "application/json" in accepted:
+        return None
+    for offered in MEDIA_TYPES[render]:
+        if offered in accepted or "image/*" in accepted:
+            return offered
+    if all(kind.startswith("image/") for kind in accepted):
+        offers = " or ".join(MEDIA_TYPES[render]) or "no picture"
+        raise InvalidParameter(f"Accept {accept}: render={render} gives {offers}")
+    return None
 
 
-def _picture_response(inspected: Inspected) -> Response:
+def _picture_response(inspected: Inspected, media_type: MediaType) -> Response:
     answer = inspected.inspection
     headers = {
         "X-Model": answer.model.name,
@@ -394,7 +406,7 @@ def _picture_response(inspected: Inspected) -> Response:
     }
     if answer.calibration:
         headers |= {"X-P-Value": repr(answer.p_value), "X-Calibration-Id": answer.calibration.id}
-    return Response(inspected.picture, media_type="image/png", headers=headers)
+    return Response(inspected.picture, media_type=media_type, headers=headers)
 
 
 def _answer_departure(request: Request, error: Exception) -> Response:

@@ -31,6 +31,8 @@ _REDUCED = {
 
 # Refusals are reported by us, with names; OpenCV would also print each to stderr.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# Requests are what runs in parallel; threads within one would only get in each other's way.
+cv2.setNumThreads(1)
 # Our own limit is checked before any decoding; Pillow's would only warn, and later.
 Image.MAX_IMAGE_PIXELS = None
 

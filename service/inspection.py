@@ -27,7 +27,7 @@ from service.errors import (
     UnknownCalibration,
     UnsupportedFormat,
 )
-from service.heatmap import Render
+from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.metrics import Metrics
 from service.registry import Model, Registry
 from service.schemas import (
@@ -94,9 +94,10 @@ class Inspector:
         threshold: float | None,
         request_id: str,
         started: float,
-        encode: bool,
+        picture_type: MediaType | None,
     ) -> Inspected:
-        """Score one encoded image and decide; `encode` puts the picture into the JSON as base64.
+        """Score one encoded image and decide; the picture goes into the JSON where no type is
+        asked for it alone.
 
         Raises the errors of `image.decode_to` and `Batcher.submit`, and Uncalibrated where there is
         no threshold to decide by.
@@ -108,8 +109,9 @@ class Inspector:
 
         def depict() -> tuple[bytes | None, str | None, list[regions.Region]]:
             anomaly_map = answer.prediction.anomaly_map
-            picture = self._render(render, anomaly_map, limit, decoded.size, data)
-            text = base64.b64encode(picture).decode() if picture and encode else None
+            picture = self._render(render, picture_type, anomaly_map, limit, decoded.size, data)
+            alone = picture_type is not None
+            text = base64.b64encode(picture).decode() if picture and not alone else None
             return picture, text, regions.find(anomaly_map, limit, decoded.size)
 
         (picture, text, found), render_s = await self._timed(depict)
@@ -128,6 +130,7 @@ class Inspector:
             calibration=CalibrationReference.of(calibration) if calibration else None,
             regions=[RegionOut(**asdict(region)) for region in found],
             heatmap=text,
+            heatmap_type=next(iter(MEDIA_TYPES[render]), None) if text else None,
             timing_ms=Timing(
                 decode=_ms(decode_s),
                 queue=_ms(answer.queue_s),
@@ -304,6 +307,7 @@ class Inspector:
     def _render(
         self,
         kind: Render,
+        media_type: MediaType | None,
         anomaly_map: np.ndarray,
         threshold: float,
         size: tuple[int, int],
@@ -316,7 +320,7 @@ class Inspector:
         if kind == "overlay":
             # Decoded anew: full-size pixels of everybody who waits would fill the memory.
             pixels = image.decode(data, self._settings.max_image_pixels)
-            return heatmap.overlay(anomaly_map, threshold, pixels)
+            return heatmap.overlay(anomaly_map, threshold, pixels, media_type or "image/jpeg")
         return None
 
     async def _timed(self, work: Callable[[], T]) -> tuple[T, float]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from service.calibration import Calibration, Decision, min_samples
+from service.heatmap import MediaType
 from service.registry import Model
 from service.store import StoredCalibration
 
@@ -100,6 +101,7 @@ class Inspection(BaseModel):
                     "calibration": {"id": "bundle", "target_fpr": 0.01, "samples": 123},
                     "regions": [_REGION],
                     "heatmap": "iVBORw0KGgo...",
+                    "heatmap_type": "image/png",
                     "timing_ms": {
                         "decode": 6.1,
                         "queue": 0.2,
@@ -134,7 +136,10 @@ class Inspection(BaseModel):
     regions: Annotated[
         list[RegionOut], Field(description="highest peak first; empty where decision is normal")
     ]
-    heatmap: Annotated[str | None, Field(description="base64 PNG of what `render` asked for")]
+    heatmap: Annotated[str | None, Field(description="base64 picture of what `render` asked for")]
+    heatmap_type: Annotated[
+        MediaType | None, Field(description="image/png; an overlay is image/jpeg")
+    ]
     timing_ms: Timing
 
 

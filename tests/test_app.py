@@ -109,21 +109,25 @@ def test_the_content_and_not_its_declared_type_decides_the_format(
 
 
 @pytest.mark.parametrize(
-    ("render", "size"), [("heatmap", SIZE), ("overlay", (128, 192)), ("mask", (128, 192))]
+    ("render", "format", "size"),
+    [("heatmap", "PNG", SIZE), ("overlay", "JPEG", (128, 192)), ("mask", "PNG", (128, 192))],
 )
 def test_the_picture_comes_in_the_json(
-    client: TestClient, render: str, size: tuple[int, int]
+    client: TestClient, render: str, format: str, size: tuple[int, int]
 ) -> None:
     large = encoded(np.kron(spotted(), np.ones((2, 2, 1), np.uint8)))
 
     answer = inspect(client, large, render=render).json()
 
     shown = Image.open(io.BytesIO(base64.b64decode(answer["heatmap"])))
-    assert (shown.format, shown.height, shown.width) == ("PNG", *size)
+    assert (shown.format, shown.height, shown.width) == (format, *size)
+    assert answer["heatmap_type"] == f"image/{format.lower()}"
 
 
 def test_render_none_leaves_the_picture_out(client: TestClient) -> None:
-    assert inspect(client, encoded(spotted()), render="none").json()["heatmap"] is None
+    answer = inspect(client, encoded(spotted()), render="none").json()
+
+    assert answer["heatmap"] is None and answer["heatmap_type"] is None
 
 
 def test_accept_png_returns_the_picture_with_the_decision_in_headers(client: TestClient) -> None:
@@ -164,7 +168,7 @@ def test_score_equal_to_the_threshold_is_anomalous_everywhere(client: TestClient
     assert answer["decision"] == "anomalous"
     assert len(answer["regions"]) == 1
     mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["heatmap"]))))
-    assert (mask == 255).sum() == 200
+    assert mask.sum() == 200
 
 
 def test_the_callers_request_id_is_kept(client: TestClient) -> None:
@@ -257,12 +261,50 @@ def test_a_parameter_out_of_bounds_is_422_with_its_value(
     assert_problem(inspect(client, encoded(picture()), **query), 422, name, value)
 
 
-def test_a_png_answer_without_a_picture_is_422(client: TestClient) -> None:
+@pytest.mark.parametrize(
+    ("render", "accept"),
+    [
+        ("none", "image/png"),
+        ("none", "image/*"),
+        ("heatmap", "image/jpeg"),
+        ("mask", "image/jpeg"),
+        ("overlay", "image/webp"),
+    ],
+)
+def test_a_picture_that_render_does_not_give_is_422(
+    client: TestClient, render: str, accept: str
+) -> None:
     response = client.post(
-        "/v1/inspect?render=none", content=encoded(picture()), headers={"Accept": "image/png"}
+        f"/v1/inspect?render={render}", content=encoded(picture()), headers={"Accept": accept}
     )
 
-    assert_problem(response, 422, "render=none")
+    assert_problem(response, 422, f"render={render}", accept)
+
+
+@pytest.mark.parametrize(
+    ("render", "accept", "given"),
+    [
+        ("heatmap", "image/*", "image/png"),
+        ("mask", "image/webp, image/png;q=0.5", "image/png"),
+        ("overlay", "image/*", "image/jpeg"),
+        ("overlay", "image/png, image/jpeg", "image/jpeg"),
+        ("overlay", "image/png", "image/png"),
+        ("overlay", "IMAGE/JPEG", "image/jpeg"),
+        ("overlay", "image/png, application/json", "application/json"),
+        ("overlay", "*/*", "application/json"),
+        ("overlay", "text/html, */*", "application/json"),
+    ],
+)
+def test_the_accepted_type_decides_the_answers(
+    client: TestClient, render: str, accept: str, given: str
+) -> None:
+    response = client.post(
+        f"/v1/inspect?render={render}", content=encoded(spotted()), headers={"Accept": accept}
+    )
+
+    assert response.headers["content-type"] == given
+    if given != "application/json":
+        assert f"image/{Image.open(io.BytesIO(response.content)).format}".lower() == given
 
 
 def test_an_unknown_model_is_404_with_those_there_are(client: TestClient) -> None:

@@ -63,9 +63,19 @@ def test_an_overlay_has_the_images_size_and_leaves_calm_places_alone() -> None:
     calm = np.full(SIZE, 0.2 * THRESHOLD, np.float32)
     photo = picture(0.5, (130, 200))
 
-    rgb = pixels_of(heatmap.overlay(calm, THRESHOLD, photo))
+    rgb = pixels_of(heatmap.overlay(calm, THRESHOLD, photo, "image/png"))
 
     assert np.array_equal(rgb, photo)
+
+
+def test_an_overlay_is_a_jpeg_unless_a_png_is_asked_for() -> None:
+    photo = np.asarray(Image.fromarray(picture(0.5, (8, 12))).resize((192, 128)))
+
+    jpeg = heatmap.overlay(MAP, THRESHOLD, photo)
+
+    assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
+    exact = pixels_of(heatmap.overlay(MAP, THRESHOLD, photo, "image/png")).astype(int)
+    assert np.abs(pixels_of(jpeg) - exact).mean() < 3
 
 
 def test_an_overlay_colours_anomalous_places() -> None:
@@ -73,7 +83,7 @@ def test_an_overlay_colours_anomalous_places() -> None:
     loud[:, 48:] = 2 * THRESHOLD
     photo = picture(0.5, (128, 192))
 
-    rgb = pixels_of(heatmap.overlay(loud, THRESHOLD, photo))
+    rgb = pixels_of(heatmap.overlay(loud, THRESHOLD, photo, "image/png"))
 
     assert np.array_equal(rgb[:, :90], photo[:, :90])
     assert is_warm(rgb[:, 102:]).all()
@@ -82,7 +92,8 @@ def test_an_overlay_colours_anomalous_places() -> None:
 def test_a_mask_is_white_exactly_at_or_above_the_threshold() -> None:
     png = heatmap.mask(MAP, THRESHOLD, (128, 192))
 
-    mask = np.asarray(Image.open(io.BytesIO(png)))
+    assert Image.open(io.BytesIO(png)).mode == "1"
+    mask = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert mask.shape == (128, 192)
     assert np.array_equal(mask[::2, ::2] == 255, np.float32(THRESHOLD) <= MAP)
     assert set(np.unique(mask)) == {0, 255}
@@ -96,8 +107,8 @@ def test_a_lone_peak_is_warm_and_in_the_mask_at_every_size(
     peak = np.full(SIZE, 0.5 * THRESHOLD, np.float32)
     peak[place] = np.float32(THRESHOLD)
 
-    overlay = pixels_of(heatmap.overlay(peak, THRESHOLD, picture(0.5, size)))
-    mask = np.asarray(Image.open(io.BytesIO(heatmap.mask(peak, THRESHOLD, size)))) == 255
+    overlay = pixels_of(heatmap.overlay(peak, THRESHOLD, picture(0.5, size), "image/png"))
+    mask = np.asarray(Image.open(io.BytesIO(heatmap.mask(peak, THRESHOLD, size))))
 
     assert mask.any()
     assert np.array_equal(is_warm(overlay), mask)
@@ -106,7 +117,7 @@ def test_a_lone_peak_is_warm_and_in_the_mask_at_every_size(
 def test_an_overlay_is_the_same_in_one_strip_or_several() -> None:
     photo = np.random.default_rng(0).integers(0, 256, (700, 90, 3), np.uint8)
 
-    whole = pixels_of(heatmap.overlay(MAP, THRESHOLD, photo))
+    whole = pixels_of(heatmap.overlay(MAP, THRESHOLD, photo, "image/png"))
 
     smooth = cv2.resize(MAP, (90, 700), interpolation=cv2.INTER_LINEAR)
     cold = (smooth < 0.45 * THRESHOLD) & ~heatmap.enlarged_mask(MAP, THRESHOLD, (700, 90))

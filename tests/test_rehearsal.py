@@ -100,10 +100,10 @@ def test_the_service_answers_over_http_as_evaluate_does(bundle, labelled, tmp_pa
     # Two of each kind, named by what the service decided.
     names = sorted(p.name for p in pictures.iterdir())
     assert names == [
-        "good-0-normal.png",
-        "good-1-normal.png",
-        "spot-0-anomalous.png",
-        "spot-1-anomalous.png",
+        "good-0-normal.jpg",
+        "good-1-normal.jpg",
+        "spot-0-anomalous.jpg",
+        "spot-1-anomalous.jpg",
     ]
     assert all(cv2.imread(str(pictures / name)).shape == (64, 96, 3) for name in names)
     printed = capsys.readouterr().out

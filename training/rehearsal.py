@@ -213,9 +213,9 @@ def _save_pictures(client: httpx2.Client, tests: list[TestImage], folder: Path) 
     for test in tests:
         saved[test.kind] = saved.get(test.kind, 0) + 1
         if saved[test.kind] <= PICTURES_PER_KIND:
-            response = _post(client, test, "overlay", accept="image/png")
+            response = _post(client, test, "overlay", accept="image/jpeg")
             decision = response.headers["X-Decision"]
-            (folder / f"{test.kind}-{test.path.stem}-{decision}.png").write_bytes(response.content)
+            (folder / f"{test.kind}-{test.path.stem}-{decision}.jpg").write_bytes(response.content)
 
 
 def _post(
