@@ -72,8 +72,8 @@ def _serve(settings: Settings) -> int:
 
 
 def _allow_many_files() -> None:
-    """Uploads beyond 1 MB wait in temporary files, a calibration has many; the usual soft limit
-    of 1024 open files is for programs that use select()."""
+    """Each connection is an open file, and the usual soft limit of 1024 is for programs that use
+    select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -14,21 +14,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Message
 
-from service import __version__
+from service import __version__, uploads
 from service.bundle import NAME_PATTERN
 from service.errors import (
     DeadlineExceeded,
-    InvalidImage,
     InvalidParameter,
     ServiceError,
     TooFewSamples,
-    TooLarge,
-    UnsupportedFormat,
 )
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.inspection import Inspected, Inspector
@@ -51,7 +46,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PROBLEM_JSON = "application/problem+json"
-MAX_FIELDS = 16  # of a form; enough to tell what is wrong with it
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
 
 ModelName = Annotated[
@@ -158,7 +152,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with _deadline(settings.request_timeout_s):
             chosen = await registry.get(model, version, digest)
             with chosen.batcher.place():
-                data = await _image_body(_limited(request, settings.max_image_bytes))
+                data = await uploads.image(uploads.limited(request, settings.max_image_bytes))
                 inspected = await _unless_departed(
                     request,
                     inspector.inspect(
@@ -198,10 +192,8 @@ def create_app(settings: Settings) -> FastAPI:
         """A threshold from pictures of normal parts that the model was not trained on."""
         async with _deadline(settings.calibration_timeout_s):
             chosen = await registry.get(model, version, digest)
-            body = _limited(request, settings.max_calibration_bytes)
-            images = _calibration_images(
-                body, settings.max_calibration_images, settings.max_image_bytes
-            )
+            body = uploads.limited(request, settings.max_calibration_bytes)
+            images = uploads.images(body, settings.max_calibration_images, settings.max_image_bytes)
             try:
                 made = await inspector.calibrate(
                     chosen, images, target_fpr=target_fpr, activate=activate
@@ -307,70 +299,6 @@ async def _unless_departed(request: Request, work: Awaitable[T]) -> T | None:
 async def _departure(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _limited(request: Request, limit: int) -> Request:
-    """The request, refusing its body as soon as it is known to pass the limit.
-
-    FastAPI's own limit answers a too large Content-Length in plain text, without a request id.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(f"the body has {declared} bytes; the limit is {limit}")
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise TooLarge(f"the body has at least {received} bytes; the limit is {limit}")
-        return message
-
-    return Request(request.scope, receive)
-
-
-async def _image_body(request: Request) -> bytes:
-    """The encoded image of a raw `image/*` body or of the multipart field `image`."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
-        async with request.form(max_files=MAX_FIELDS, max_fields=MAX_FIELDS) as form:
-            fields = [name for name, _ in form.multi_items()]
-            upload = form.get("image")
-            if fields != ["image"] or not isinstance(upload, UploadFile):
-                raise InvalidImage(
-                    "the multipart form must have one file field `image` and nothing else; it "
-                    f"has: {', '.join(fields) or 'nothing'}"
-                )
-            return await upload.read()
-    if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
-        return await request.body()
-    raise UnsupportedFormat(
-        f"Content-Type {content_type}: send the image as a raw body with Content-Type image/png "
-        "(image/jpeg, ...) or as the multipart field `image`"
-    )
-
-
-async def _calibration_images(
-    request: Request, limit: int, max_bytes: int
-) -> AsyncIterator[tuple[str, bytes]]:
-    """(file name, bytes) of every multipart field `images`; of a file beyond `max_bytes`, only one
-    byte more, which is enough to refuse it."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if content_type != "multipart/form-data":
-        raise UnsupportedFormat(
-            f"Content-Type {content_type or '(none)'}: send multipart/form-data with one field "
-            "`images` for each file"
-        )
-    async with request.form(max_files=limit, max_fields=MAX_FIELDS) as form:
-        uploads = form.getlist("images")
-        strangers = sorted(set(form) - {"images"})
-        if strangers:
-            raise InvalidParameter(f"unknown field {strangers[0]!r}; the files go in `images`")
-        for number, upload in enumerate(uploads):
-            if not isinstance(upload, UploadFile):
-                raise InvalidParameter("a field `images` is text; send files (curl: images=@file)")
-            yield upload.filename or f"image {number}", await upload.read(max_bytes + 1)
 
 
 def _picture_type(request: Request, render: Render) -> MediaType | None:

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidImage            400  the bytes are no readable image
+├── InvalidForm             400  the multipart body is malformed, breaks off or has too many fields
 ├── UnknownModel            404  no such model or version
 ├── UnknownCalibration      404  no such calibration
 ├── DigestMismatch          409  another graph than the caller insists on
@@ -31,6 +32,10 @@ class ServiceError(Exception):
 
 class InvalidImage(ServiceError):
     status, title = 400, "Image can't be decoded"
+
+
+class InvalidForm(ServiceError):
+    status, title = 400, "Form can't be read"
 
 
 class UnknownModel(ServiceError):
