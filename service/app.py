@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -55,6 +55,16 @@ Version = Annotated[int | None, Query(ge=1, description="default: the newest at 
 Digest = Annotated[
     str | None,
     Query(pattern="^[0-9a-f]{64}$", description="refuse to answer with any other graph than this"),
+]
+
+Deadline = Annotated[
+    int | None,
+    Header(
+        alias="X-Request-Timeout-Ms",
+        ge=1,
+        description="answer within these milliseconds or not at all; the service's own deadline "
+        "stays in force",
+    ),
 ]
 
 _IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
@@ -143,13 +153,14 @@ def create_app(settings: Settings) -> FastAPI:
         threshold: Annotated[
             float | None, Query(ge=1e-6, le=1e6, description="instead of the calibration's")
         ] = None,
+        deadline: Deadline = None,
     ) -> Any:
         """Score one image: pass or fail, and where. `Accept: image/*` returns the picture itself,
         with the decision in headers: a PNG; an overlay as JPEG, or as PNG (slow, lossless) where
         only `image/png` is accepted."""
         started = time.perf_counter()
         picture_type = _picture_type(request, render)
-        async with _deadline(settings.request_timeout_s):
+        async with _within(settings.request_timeout_s, deadline):
             chosen = await registry.get(model, version, digest)
             with chosen.batcher.place():
                 data = await uploads.image(uploads.limited(request, settings.max_image_bytes))
@@ -188,9 +199,10 @@ def create_app(settings: Settings) -> FastAPI:
             float, Query(gt=0, lt=1, description="the false-positive rate to promise")
         ] = 0.01,
         activate: Annotated[bool, Query(description="use it from the next inspection on")] = True,
+        deadline: Deadline = None,
     ) -> Any:
         """A threshold from pictures of normal parts that the model was not trained on."""
-        async with _deadline(settings.calibration_timeout_s):
+        async with _within(settings.calibration_timeout_s, deadline):
             chosen = await registry.get(model, version, digest)
             body = uploads.limited(request, settings.max_calibration_bytes)
             images = uploads.images(body, settings.max_calibration_images, settings.max_image_bytes)
@@ -209,7 +221,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     async def activate(id: Annotated[str, Path(max_length=64)]) -> CalibrationOut:
         """Use a calibration that was made before: an earlier one, or one kept for later."""
-        async with _deadline(settings.request_timeout_s):
+        async with _within(settings.request_timeout_s):
             return await inspector.activate(id)
 
     @app.post(
@@ -219,7 +231,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     async def deactivate(model: ModelName = None, version: Version = None) -> CalibrationReference:
         """Go back to the threshold that the model's own bundle brought."""
-        async with _deadline(settings.request_timeout_s):
+        async with _within(settings.request_timeout_s):
             return await inspector.deactivate(await registry.get(model, version))
 
     @app.get("/v1/models", tags=["models"])
@@ -273,7 +285,10 @@ async def _known_parameters(request: Request) -> None:
 
 
 @asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
+async def _within(seconds: float, asked_ms: int | None = None) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded after `seconds`, or earlier where the caller asked for that."""
+    if asked_ms is not None:
+        seconds = min(seconds, asked_ms / 1e3)
     try:
         async with asyncio.timeout(seconds):
             yield

@@ -1,16 +1,18 @@
 """Images of many clients -> batches on the device, without a timer.
 
 Whatever waits when the device becomes free is its next batch: a lone image goes at once, and under
-load batches grow by themselves. Waiting images whose caller left or timed out never reach the
-device; a batch that fails answers every caller in it, and the next one still runs.
+load batches grow by themselves. The device's thread takes the next batch itself, so that a busy
+event loop doesn't keep the device waiting. Waiting images whose caller left or timed out never
+reach the device; a batch that fails answers every caller in it, and the next one still runs.
 """
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +39,8 @@ class _Waiter:
 class Batcher:
     """A bounded queue in front of one detector; lives on one event loop.
 
-    `run` is called on `device_thread`, one batch at a time.
+    `run` is called on `device_thread`, one batch at a time. Batchers that share the thread take
+    turns.
     """
 
     def __init__(
@@ -52,8 +55,9 @@ class Batcher:
         self._run, self._device_thread, self._on_batch = run, device_thread, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
         self._waiting: deque[_Waiter] = deque()
+        self._lock = threading.Lock()  # of _waiting and _scheduled
+        self._scheduled = False  # the device's thread will look, or is looking, at what waits
         self.places = 0  # taken
-        self._draining: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
@@ -81,43 +85,53 @@ class Batcher:
 
         Raises InferenceFailed where its batch failed. Cancelling the call takes the image out.
         """
-        waiter = _Waiter(image, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiter)
-        if self._draining is None or self._draining.done():
-            self._draining = asyncio.create_task(self._drain())
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(image, loop.create_future())
+        with self._lock:
+            self._waiting.append(waiter)
+            if not self._scheduled:
+                self._scheduled = True
+                self._device_thread.submit(self._run_next, loop)
         try:
             return await waiter.answer
         finally:
-            if waiter in self._waiting:
+            with self._lock, suppress(ValueError):  # no longer there: it was run
                 self._waiting.remove(waiter)
 
-    async def _drain(self) -> None:
-        while self._waiting:
+    def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the device's thread: one batch of what waits, then back to the end of its queue."""
+        with self._lock:
             count = min(len(self._waiting), self._max_batch_size)
-            await self._answer([self._waiting.popleft() for _ in range(count)])
+            batch = [self._waiting.popleft() for _ in range(count)]
+        if batch:
+            self._on_batch(len(batch))
+            loop.call_soon_threadsafe(_answer, batch, self._score(batch))
+        with self._lock:
+            self._scheduled = bool(self._waiting)
+            if self._scheduled:
+                self._device_thread.submit(self._run_next, loop)
 
-    async def _answer(self, batch: list[_Waiter]) -> None:
-        self._on_batch(len(batch))
-        loop = asyncio.get_running_loop()
-        try:
-            answers = await loop.run_in_executor(self._device_thread, self._run_batch, batch)
-        except Exception as error:  # every waiter must be answered, whatever went wrong
-            for waiter in batch:
-                if not waiter.answer.done():
-                    waiter.answer.set_exception(_as_service_error(error))
-            return
-        for waiter, answer in zip(batch, answers, strict=True):
-            if not waiter.answer.done():
-                waiter.answer.set_result(answer)
-
-    def _run_batch(self, batch: list[_Waiter]) -> list[Answer]:
+    def _score(self, batch: list[_Waiter]) -> list[Answer] | Exception:
         started = time.perf_counter()
-        predictions = self._run(np.stack([waiter.image for waiter in batch]))
-        infer_s = time.perf_counter() - started
-        return [
-            Answer(prediction, len(batch), started - waiter.since, infer_s)
-            for waiter, prediction in zip(batch, predictions, strict=True)
-        ]
+        try:
+            predictions = self._run(np.stack([waiter.image for waiter in batch]))
+            infer_s = time.perf_counter() - started
+            return [
+                Answer(prediction, len(batch), started - waiter.since, infer_s)
+                for waiter, prediction in zip(batch, predictions, strict=True)
+            ]
+        except Exception as error:  # every waiter must be answered, whatever went wrong
+            return error
+
+
+def _answer(batch: list[_Waiter], outcome: list[Answer] | Exception) -> None:
+    for number, waiter in enumerate(batch):
+        if waiter.answer.done():  # cancelled
+            continue
+        if isinstance(outcome, Exception):
+            waiter.answer.set_exception(_as_service_error(outcome))
+        else:
+            waiter.answer.set_result(outcome[number])
 
 
 def _as_service_error(error: Exception) -> ServiceError:

@@ -103,45 +103,46 @@ class Inspector:
         no threshold to decide by.
         """
         _limit(model, threshold)  # refused before the work, not after it
-        decoded, decode_s = await self._timed(lambda: self._decode(data, model))
+        decoding = time.perf_counter()
+        decoded = await self._on_worker(lambda: self._decode(data, model))
+        decode_s = time.perf_counter() - decoding
         answer = await model.batcher.submit(decoded.resized)
         calibration, limit = _limit(model, threshold)  # once: it may be replaced at any time
+        rendering = time.perf_counter()
 
-        def depict() -> tuple[bytes | None, str | None, list[regions.Region]]:
-            anomaly_map = answer.prediction.anomaly_map
+        def depict() -> Inspected:
+            anomaly_map, score = answer.prediction.anomaly_map, answer.prediction.score
             picture = self._render(render, picture_type, anomaly_map, limit, decoded.size, data)
-            alone = picture_type is not None
-            text = base64.b64encode(picture).decode() if picture and not alone else None
-            return picture, text, regions.find(anomaly_map, limit, decoded.size)
+            found = regions.find(anomaly_map, limit, decoded.size)
+            shown = picture if picture_type is None else None
+            inspection = Inspection(
+                request_id=request_id,
+                model=ModelReference.of(model),
+                image=ImageReference(
+                    width=decoded.size[1], height=decoded.size[0], sha256=decoded.sha256
+                ),
+                score=score,
+                threshold=limit,
+                threshold_source="calibration" if threshold is None else "request",
+                decision=decide(score, limit),
+                p_value=calibration.p_value(score) if calibration else None,
+                calibration=CalibrationReference.of(calibration) if calibration else None,
+                regions=[RegionOut(**asdict(region)) for region in found],
+                heatmap=base64.b64encode(shown).decode() if shown else None,
+                heatmap_type=MEDIA_TYPES[render][0] if shown else None,
+                timing_ms=Timing(
+                    decode=_ms(decode_s),
+                    queue=_ms(answer.queue_s),
+                    infer=_ms(answer.infer_s),
+                    render=_ms(time.perf_counter() - rendering),
+                    total=_ms(time.perf_counter() - started),
+                ),
+            )
+            return Inspected(inspection, picture, inspection.model_dump_json().encode())
 
-        (picture, text, found), render_s = await self._timed(depict)
-        score = answer.prediction.score
-        inspection = Inspection(
-            request_id=request_id,
-            model=ModelReference.of(model),
-            image=ImageReference(
-                width=decoded.size[1], height=decoded.size[0], sha256=decoded.sha256
-            ),
-            score=score,
-            threshold=limit,
-            threshold_source="calibration" if threshold is None else "request",
-            decision=decide(score, limit),
-            p_value=calibration.p_value(score) if calibration else None,
-            calibration=CalibrationReference.of(calibration) if calibration else None,
-            regions=[RegionOut(**asdict(region)) for region in found],
-            heatmap=text,
-            heatmap_type=next(iter(MEDIA_TYPES[render]), None) if text else None,
-            timing_ms=Timing(
-                decode=_ms(decode_s),
-                queue=_ms(answer.queue_s),
-                infer=_ms(answer.infer_s),
-                render=_ms(render_s),
-                total=_ms(time.perf_counter() - started),
-            ),
-        )
-        json = await self._on_worker(lambda: inspection.model_dump_json().encode())
-        self._observe(inspection)
-        return Inspected(inspection, picture, json)
+        inspected = await self._on_worker(depict)
+        self._observe(inspected.inspection)
+        return inspected
 
     async def calibrate(
         self,
@@ -322,11 +323,6 @@ class Inspector:
             pixels = image.decode(data, self._settings.max_image_pixels)
             return heatmap.overlay(anomaly_map, threshold, pixels, media_type or "image/jpeg")
         return None
-
-    async def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
-        """Run on a worker thread; seconds include the wait for one."""
-        started = time.perf_counter()
-        return await self._on_worker(work), time.perf_counter() - started
 
     async def _on_worker(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)

@@ -74,7 +74,8 @@ class RegionOut(BaseModel):
 
 
 class Timing(BaseModel):
-    """Milliseconds of each stage; `total` is from the request's start to this answer."""
+    """Milliseconds of each stage, waits for its thread included; `total` is from the request's
+    start to this answer."""
 
     decode: float
     queue: float

@@ -167,6 +167,37 @@ def test_a_caller_that_leaves_during_the_run_does_not_disturb_the_others() -> No
     run(scenario)
 
 
+def test_the_device_takes_its_next_batch_while_the_event_loop_is_busy() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        first = await held_up(batcher, device)
+        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 2)]
+        await asyncio.sleep(0)
+        device.entered.clear()
+        device.open.set()
+        assert device.entered.wait(10)  # on the loop's own thread: nothing else runs on it
+        await asyncio.gather(first, *rest)
+
+    assert run(scenario).batches == [[0], [1, 2]]
+
+
+def test_models_that_share_a_device_take_turns() -> None:
+    async def main() -> list[list[int]]:
+        device = Device()
+        with ThreadPoolExecutor(1) as thread:
+            one, other = (
+                Batcher(device.run, thread, max_batch_size=2, max_queue=8) for _ in range(2)
+            )
+            first = await held_up(one, device)
+            rest = [asyncio.create_task(one.submit(image_of(v))) for v in (1, 2, 3, 4)]
+            rest += [asyncio.create_task(other.submit(image_of(v))) for v in (11, 12, 13)]
+            await asyncio.sleep(0)
+            device.open.set()
+            await asyncio.wait_for(asyncio.gather(first, *rest), 10)
+        return device.batches
+
+    assert asyncio.run(main()) == [[0], [11, 12], [1, 2], [13], [3, 4]]
+
+
 def test_places_are_bounded_and_given_back() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         with (

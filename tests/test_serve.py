@@ -55,12 +55,12 @@ class Server:
         headers = {"Content-Type": "image/png"}
         return self.client.post("/v1/inspect", content=data, params=query, headers=headers)
 
-    def half_sent(self, path: str = "/v1/inspect") -> socket.socket:
+    def half_sent(self, path: str = "/v1/inspect", header: str = "") -> socket.socket:
         """A connection whose request promises more bytes than it sends."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         connection.sendall(
             f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
-            "Content-Length: 1000\r\n\r\nhalf".encode()
+            f"Content-Length: 1000\r\n{header}\r\nhalf".encode()
         )
         return connection
 
@@ -154,6 +154,25 @@ def test_a_full_queue_is_429_with_retry_after_and_health_still_answers(
         assert server.client.get("/readyz").status_code == 200
 
     wait_for(lambda: server.inspect(encoded(picture())).status_code == 200, "place not freed")
+
+
+@pytest.mark.parametrize(
+    ("limit", "header", "deadline"),
+    [
+        ("600", "X-Request-Timeout-Ms: 50\r\n", "0.05"),
+        ("0.3", "X-Request-Timeout-Ms: 9999\r\n", "0.3"),
+    ],
+)
+def test_a_caller_may_ask_for_an_earlier_deadline_and_not_for_a_later_one(
+    serve: Callable[..., Server], limit: str, header: str, deadline: str
+) -> None:
+    server = serve(request_timeout_s=limit)
+
+    with server.half_sent(header=header) as connection:
+        answer = received(connection).decode()
+
+    assert answer.startswith("HTTP/1.1 504")
+    assert f"not answered within {deadline} s" in answer
 
 
 def test_a_body_that_never_comes_is_504_at_the_deadline(serve: Callable[..., Server]) -> None:
