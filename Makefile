@@ -21,7 +21,7 @@ help:  ## this list
 uv_pip = .venv/bin/uv pip $(1) --quiet --python .venv/bin/python
 install = $(call uv_pip,install) --constraints constraints.txt --editable
 # Both wheels write the same folder: the other one leaves before this one comes.
-OTHER_RUNTIME = $(if $(filter gpu,$(RUNTIME)),onnxruntime onnxruntime-ep-openvino,onnxruntime-gpu)
+OTHER_RUNTIME = $(if $(filter gpu,$(RUNTIME)),onnxruntime openvino openvino-telemetry,onnxruntime-gpu)
 leave_other_runtime = @$(call uv_pip,uninstall) $(OTHER_RUNTIME) 2>/dev/null || true; rm -f .venv/runtime-* .venv/development-*
 
 .venv/runtime-$(RUNTIME): .venv/bin/uv pyproject.toml constraints.txt

@@ -256,8 +256,8 @@ def create_app(settings: Settings) -> FastAPI:
         """Models are loaded and warm; 503 where there is none."""
         registry.check_ready()
         loaded = registry.loaded()
-        providers = sorted({model.detector.provider for model in loaded})
-        return State(status="ready", detail=f"{len(loaded)} loaded, on {', '.join(providers)}")
+        engines = sorted({model.detector.description for model in loaded})
+        return State(status="ready", detail=f"{len(loaded)} loaded, on {'; '.join(engines)}")
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def prometheus() -> Response:

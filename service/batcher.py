@@ -39,8 +39,8 @@ class _Waiter:
 class Batcher:
     """A bounded queue in front of one detector; lives on one event loop.
 
-    `run` is called on `device_thread`, one batch at a time. Batchers that share the thread take
-    turns.
+    `run` is called on `device_thread`, one batch at a time, with `batch_size(n)` of n images that
+    wait. Batchers that share the thread take turns.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Batcher:
         run: Callable[[np.ndarray], list[Prediction]],
         device_thread: Executor,
         *,
-        max_batch_size: int,
+        batch_size: Callable[[int], int],
         max_queue: int,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._run, self._device_thread, self._on_batch = run, device_thread, on_batch
-        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._batch_size, self._max_queue = batch_size, max_queue
         self._waiting: deque[_Waiter] = deque()
         self._lock = threading.Lock()  # of _waiting and _scheduled
         self._scheduled = False  # the device's thread will look, or is looking, at what waits
@@ -101,7 +101,7 @@ class Batcher:
     def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the device's thread: one batch of what waits, then back to the end of its queue."""
         with self._lock:
-            count = min(len(self._waiting), self._max_batch_size)
+            count = self._batch_size(len(self._waiting)) if self._waiting else 0
             batch = [self._waiting.popleft() for _ in range(count)]
         if batch:
             self._on_batch(len(batch))

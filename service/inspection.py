@@ -14,9 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from service import heatmap, image, regions
+from service import cores, heatmap, image, regions
 from service.calibration import Calibration, decide, finest_fpr, min_samples
-from service.detector import available_cores
 from service.errors import (
     InvalidImage,
     Overloaded,
@@ -81,7 +80,7 @@ class Inspector:
     ) -> None:
         self._registry, self._store, self._metrics = registry, store, metrics
         self._settings = settings
-        self._workers = ThreadPoolExecutor(available_cores(), thread_name_prefix="pixels")
+        self._workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="pixels")
         self._activation = asyncio.Lock()
         self._calibrating = False
 
@@ -269,7 +268,7 @@ class Inspector:
         """
         scored: dict[int, _Scored] = {}
         failed: dict[int, Failure] = {}
-        room = asyncio.Semaphore(max(2 * available_cores(), self._settings.max_batch_size))
+        room = asyncio.Semaphore(max(2 * cores.available(), model.detector.batch_sizes[-1]))
 
         async def score_one(number: int, name: str, data: bytes) -> None:
             try:

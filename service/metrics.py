@@ -76,7 +76,7 @@ class Metrics:
         )
         self.provider_info = Gauge(
             "skrd4ad_provider_info",
-            "ONNX Runtime's execution provider in use; always 1.",
-            ["provider"],
+            "What the graphs run on, in which precision and in which sizes of batch; always 1.",
+            ["provider", "precision", "batch_sizes"],
             registry=registry,
         )

@@ -155,6 +155,8 @@ class Registry:
                 bundle.manifest.image_size,
                 self._settings.device,
                 self._settings.threads,
+                self._settings.precision,
+                self._settings.max_batch_size,
             )
         except BundleError as error:
             raise BundleError(f"{bundle.folder}: {error}") from error
@@ -163,7 +165,7 @@ class Registry:
         batcher = Batcher(
             detector.run,
             self._device_thread,
-            max_batch_size=self._settings.max_batch_size,
+            batch_size=detector.batch_size,
             max_queue=self._settings.max_queue,
             on_batch=self._metrics.batch_size.observe,
         )
@@ -175,18 +177,22 @@ class Registry:
             trained=frozenset(bundle.manifest.data.trained),
         )
         log.info(
-            "loaded %s version %d (%s) on %s; %s",
+            "loaded %s version %d (%s) on %s in %s; %s",
             name,
             version,
             bundle.digest[:12],
             detector.provider,
+            detector.precision,
             _threshold_of(model),
         )
         return model
 
     def _announce(self, model: Model) -> None:
         self._metrics.model_info.labels(*_labels(model)).set(1)
-        self._metrics.provider_info.labels(model.detector.provider).set(1)
+        detector = model.detector
+        self._metrics.provider_info.labels(
+            detector.provider, detector.precision, ",".join(map(str, detector.batch_sizes))
+        ).set(1)
         self._publish(model)
 
     def _publish(self, model: Model) -> None:

@@ -242,7 +242,9 @@ class ModelOut(BaseModel):
     architecture: str
     backbone: str
     teacher: dict[str, str]
-    provider: str
+    provider: Annotated[str, Field(description="what the graph runs on")]
+    precision: Annotated[str, Field(description="what its convolutions are computed in")]
+    batch_sizes: Annotated[list[int], Field(description="images in one run")]
     threshold: Annotated[
         float | None, Field(description="null until an imported model is calibrated")
     ]
@@ -262,6 +264,8 @@ class ModelOut(BaseModel):
             backbone=manifest.network.backbone,
             teacher=manifest.teacher.model_dump(),
             provider=model.detector.provider,
+            precision=model.detector.precision,
+            batch_sizes=list(model.detector.batch_sizes),
             threshold=calibration.threshold if calibration else None,
             calibration=CalibrationReference.of(calibration) if calibration else None,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.detector import Device
+from service.devices import Device, Precision
 from service.errors import SettingsError
 
 
@@ -22,7 +22,14 @@ class Settings(BaseSettings):
     )
     models: Path = Field(Path("models"), description="Folder of bundles, `<name>/<version>/`.")
     device: Device = Field(
-        "auto", description="`cuda`, `openvino`, `cpu`, or `auto`: CUDA where it loads, else CPU."
+        "auto",
+        description="`cuda`, `openvino`, `cpu`, or `auto`: CUDA where it loads, else OpenVINO "
+        "where the CPU computes bfloat16 itself, else `cpu`.",
+    )
+    precision: Precision = Field(
+        "auto",
+        description="`float32`, `tf32` (CUDA), `bfloat16` (OpenVINO), or `auto`: bfloat16 on "
+        "OpenVINO where the CPU has it, else the graph's own.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="Threads of one inference on the CPU; 0 is one per available core."
@@ -33,8 +40,8 @@ class Settings(BaseSettings):
     allow_anonymous: bool = Field(
         False, description="Listen beyond loopback although every caller may inspect and calibrate."
     )
-    max_batch_size: Annotated[int, Field(ge=1, le=256)] = Field(
-        8, description="Most images in one run of the graph."
+    max_batch_size: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Most images in one run of the graph; 0 is 32 on CUDA and 8 on a CPU."
     )
     max_queue: Annotated[int, Field(ge=1)] = Field(
         64, description="Most inspections accepted and not yet answered; beyond it: 429."

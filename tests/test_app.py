@@ -828,7 +828,8 @@ def test_metrics_count_requests_decisions_and_stages(client: TestClient) -> None
     assert 'skrd4ad_decisions_total{decision="anomalous",model="part"} 1.0' in lines
     assert 'skrd4ad_decisions_total{decision="normal",model="part"} 1.0' in lines
     assert 'skrd4ad_image_score_count{model="part"} 2.0' in lines
-    assert 'skrd4ad_provider_info{provider="CPUExecutionProvider"} 1.0' in lines
+    engine = 'batch_sizes="1,2,4,8",precision="float32",provider="CPUExecutionProvider"'
+    assert f"skrd4ad_provider_info{{{engine}}} 1.0" in lines
     assert "skrd4ad_queue_size 0.0" in lines
     assert 'skrd4ad_calibration_samples{model="part"} 20.0' in lines
     for stage in ("decode", "queue", "infer", "render", "total"):

@@ -40,14 +40,18 @@ def image_of(value: int) -> np.ndarray:
     return np.full((4, 4, 3), value, np.uint8)
 
 
+def at_most(most: int) -> Callable[[int], int]:
+    return lambda waiting: min(waiting, most)
+
+
 def run(scenario: Callable[[Batcher, Device], Coroutine[Any, Any, None]], **limits: int) -> Device:
     """Runs a scenario with a batcher of at most 4 images a batch."""
     device = Device()
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as thread:
-            options = {"max_batch_size": 4, "max_queue": 8} | limits
-            batcher = Batcher(device.run, thread, **options)
+            options = {"max_queue": 8} | limits
+            batcher = Batcher(device.run, thread, batch_size=at_most(4), **options)
             try:
                 await asyncio.wait_for(scenario(batcher, device), 20)
             finally:
@@ -120,7 +124,7 @@ def test_an_unforeseen_exception_answers_every_waiter_too() -> None:
             raise ZeroDivisionError("by nothing")
 
         with ThreadPoolExecutor(1) as thread:
-            batcher = Batcher(broken, thread, max_batch_size=4, max_queue=4)
+            batcher = Batcher(broken, thread, batch_size=at_most(4), max_queue=4)
             for _ in range(2):
                 with pytest.raises(InferenceFailed, match="ZeroDivisionError: by nothing"):
                     await asyncio.wait_for(batcher.submit(IMAGE), 10)
@@ -131,7 +135,7 @@ def test_an_unforeseen_exception_answers_every_waiter_too() -> None:
 def test_a_run_that_forgets_an_image_is_a_failure_and_nobody_waits_for_ever() -> None:
     async def main() -> None:
         with ThreadPoolExecutor(1) as thread:
-            batcher = Batcher(lambda images: [], thread, max_batch_size=4, max_queue=4)
+            batcher = Batcher(lambda images: [], thread, batch_size=at_most(4), max_queue=4)
             with pytest.raises(InferenceFailed, match="ValueError"):
                 await asyncio.wait_for(batcher.submit(IMAGE), 10)
 
@@ -185,7 +189,7 @@ def test_models_that_share_a_device_take_turns() -> None:
         device = Device()
         with ThreadPoolExecutor(1) as thread:
             one, other = (
-                Batcher(device.run, thread, max_batch_size=2, max_queue=8) for _ in range(2)
+                Batcher(device.run, thread, batch_size=at_most(2), max_queue=8) for _ in range(2)
             )
             first = await held_up(one, device)
             rest = [asyncio.create_task(one.submit(image_of(v))) for v in (1, 2, 3, 4)]

@@ -19,7 +19,7 @@ def test_the_environment_sets_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -
     ("name", "value"),
     [
         ("PORT", "70000"),
-        ("MAX_BATCH_SIZE", "0"),
+        ("MAX_BATCH_SIZE", "-1"),
         ("DEVICE", "tpu"),
         ("REQUEST_TIMEOUT_S", "-1"),
         ("LOG_LEVEL", "loud"),

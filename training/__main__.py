@@ -18,6 +18,7 @@ from training.fetch import DATA_SETS
 from training.flags import (
     add_axes,
     add_data,
+    add_device,
     add_settings,
     image_size,
     natural,
@@ -273,7 +274,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add = parser.add_argument
     add("--bundle", type=Path, required=True, metavar="DIR", help="models/NAME/VERSION")
     add_data(parser, "a data set with labelled test images")
-    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add_device(parser)
     add("--json", type=Path, metavar="FILE", help="write everything here as well")
     add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
     parser.set_defaults(command=_evaluate)
@@ -289,6 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         category=arguments.category,
         device=arguments.device,
+        precision=arguments.precision,
         strict=arguments.strict,
     )
     _write_json(arguments.json, report.as_dict())
@@ -309,7 +311,7 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--out", type=Path, metavar="FILE", help="default: NAME-VERSION.html; replaced if it exists"
     )
     add("--worst", type=positive, default=8, metavar="N", help="misses, false alarms (default: 8)")
-    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add_device(parser)
     add("--strict", action="store_true", help="fail on an unreadable image instead of skipping it")
     parser.set_defaults(command=_report)
 
@@ -325,6 +327,7 @@ def _report(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
         category=arguments.category,
         device=arguments.device,
+        precision=arguments.precision,
         worst=arguments.worst,
         strict=arguments.strict,
     )
@@ -345,7 +348,7 @@ def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add_data(parser, "the data it was trained on")
     add("--normals", type=Path, metavar="DIR", help="where held-out images lie, if not in --data")
     add("--target-fpr", type=float, help="default: 0.01, or the finest the held-out images allow")
-    add("--device", choices=("auto", "cuda", "openvino", "cpu"), default="auto")
+    add_device(parser)
     add("--pictures", type=Path, metavar="DIR", help="save overlays of some test images here")
     add("--json", type=Path, metavar="FILE", help="write everything here as well")
     parser.set_defaults(command=_rehearse)
@@ -363,6 +366,7 @@ def _rehearse(arguments: argparse.Namespace) -> int:
         normals=arguments.normals,
         target_fpr=arguments.target_fpr,
         device=arguments.device,
+        precision=arguments.precision,
         pictures=arguments.pictures,
     )
     _write_json(arguments.json, result.as_dict())

@@ -10,7 +10,8 @@ from scipy.stats import binomtest
 
 from service.bundle import Bundle
 from service.calibration import decide
-from service.detector import Detector, Device, Prediction
+from service.detector import Detector, Prediction
+from service.devices import Device, Precision
 from training import data, datasets
 from training.datasets import TestImage
 from training.metrics import ImageMetrics, PixelMetrics, image_metrics, pixel_metrics
@@ -126,6 +127,7 @@ def evaluate(
     layout: str | None = None,
     category: str | None = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     strict: bool = False,
 ) -> Report:
     """Metrics of the bundle in `folder` on the test images of `root`, found by `labelled_images`.
@@ -133,7 +135,13 @@ def evaluate(
     Raises TrainingError for a folder without labelled images, and BundleError.
     """
     scored = score_images(
-        folder, root, layout=layout, category=category, device=device, strict=strict
+        folder,
+        root,
+        layout=layout,
+        category=category,
+        device=device,
+        precision=precision,
+        strict=strict,
     )
     return report_on(scored)
 
@@ -145,6 +153,7 @@ def score_images(
     layout: str | None = None,
     category: str | None = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     strict: bool = False,
 ) -> Scored:
     """Scores and maps of the test images, their pixels not kept; raises as `evaluate` does."""
@@ -154,12 +163,12 @@ def score_images(
     loaded = data.load([t.path for t in tests], size, strict=strict, what="test images")
     by_path = {t.path: t for t in tests}
     tests = [by_path[path] for path in loaded.paths]
-    detector = Detector(bundle.read_graph(), size, device)
+    detector = Detector(bundle.read_graph(), size, device, precision=precision)
     predictions = _predict(detector, loaded.pixels)
     masks, mask_report = _read_masks(tests, root, size)
     return Scored(
         bundle=bundle,
-        device=detector.device,
+        device=f"{detector.device} in {detector.precision}",
         root=root,
         tests=tests,
         digests=loaded.digests,

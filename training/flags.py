@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from service.devices import Device, Precision
 from training.errors import TrainingError
 from training.settings import (
     ARCHITECTURES,
@@ -135,6 +136,12 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, required: bool = Tru
     add("--data", type=Path, required=required, metavar="DIR", help=what)
     add("--category", metavar="NAME", help="which one, where DIR holds several")
     add("--layout", choices=LAYOUTS, help="how DIR is laid out (default: found by its folders)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a bundle is scored, as the service's settings of these names."""
+    parser.add_argument("--device", choices=get_args(Device), default="auto")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

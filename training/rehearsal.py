@@ -22,7 +22,7 @@ import numpy as np
 from service import image
 from service.bundle import Bundle, HeldOutImage
 from service.calibration import default_target_fpr
-from service.detector import Device
+from service.devices import Device, Precision
 from training.datasets import TestImage
 from training.errors import TrainingError
 from training.evaluate import (
@@ -73,6 +73,7 @@ def rehearse(
     normals: Path | None = None,
     target_fpr: float | None = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     pictures: Path | None = None,
 ) -> Rehearsal:
     """Evaluate, serve, calibrate and inspect the bundle in `folder` with the images of `root`.
@@ -88,10 +89,12 @@ def rehearse(
             f"{folder}: has no held-out images to calibrate with: import it with --normals"
         )
     held_out = [_held_out(normals or root, one) for one in bundle.manifest.data.held_out]
-    scored = score_images(folder, root, layout=layout, category=category, device=device)
+    scored = score_images(
+        folder, root, layout=layout, category=category, device=device, precision=precision
+    )
     evaluation, tests = report_on(scored), scored.tests
     target = default_target_fpr(len(held_out)) if target_fpr is None else target_fpr
-    with serving(folder, device) as client:
+    with serving(folder, device, precision) as client:
         calibration = _calibrate(client, held_out, target)
         started = time.perf_counter()
         answers = _inspect_all(client, tests)
@@ -144,7 +147,9 @@ def table(rehearsal: Rehearsal) -> str:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, device: Device = "auto") -> Iterator[httpx2.Client]:
+def serving(
+    folder: Path, device: Device = "auto", precision: Precision = "auto"
+) -> Iterator[httpx2.Client]:
     """A client of a service that serves the models beside this bundle, stopped at the end.
 
     Raises TrainingError with the service's own words where it doesn't become ready.
@@ -155,6 +160,7 @@ def serving(folder: Path, device: Device = "auto") -> Iterator[httpx2.Client]:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve"]
             + ["--models", str(folder.parent.parent), "--port", str(port), "--device", device]
+            + ["--precision", precision]
             + ["--database-url", f"sqlite:///{state}/rehearsal.sqlite"],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -27,7 +27,7 @@ import service
 from service import heatmap, image, regions
 from service.bundle import Bundle, Network
 from service.calibration import Calibration, decide
-from service.detector import Device
+from service.devices import Device, Precision
 from service.errors import ServiceError
 from training import checkpoint as checkpoints
 from training import data, files
@@ -129,6 +129,7 @@ def write_report(
     layout: str | None = None,
     category: str | None = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     worst: int = 8,
     strict: bool = False,
 ) -> tuple[Path, Report]:
@@ -143,6 +144,7 @@ def write_report(
     command += ["--layout", layout] if layout else []
     command += ["--out", str(out)] if out else []
     command += ["--device", device] if device != "auto" else []
+    command += ["--precision", precision] if precision != "auto" else []
     command += ["--worst", str(worst)] if worst != 8 else []
     command += ["--strict"] if strict else []
     bundle = Bundle(folder)
@@ -150,7 +152,13 @@ def write_report(
     out = out or Path(f"{bundle.name}-{bundle.version}.html")
     files.check_writable(out, "--out")
     scored = score_images(
-        folder, root, layout=layout, category=category, device=device, strict=strict
+        folder,
+        root,
+        layout=layout,
+        category=category,
+        device=device,
+        precision=precision,
+        strict=strict,
     )
     report = report_on(scored)
     page = render(scored, report, worst=worst, command=shlex.join(command))

@@ -1,0 +1,380 @@
+"""Where a graph can run: CUDA and CPU by ONNX Runtime, CPU by OpenVINO.
+
+OpenVINO is called directly and not as ONNX Runtime's plug-in, which turns away CPUs that are not
+Intel's: on others with bfloat16 instructions, too, it takes less than half the time.
+"""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from service import cores
+from service.errors import BundleError, DeviceUnavailable
+
+Device = Literal["auto", "cuda", "openvino", "cpu"]
+# What convolutions are computed in; sums of cosines and everything after them are float32.
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Ports = list[tuple[str, str, tuple[int, ...]]]  # name, type, shape without the batch
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = ("anomaly_map", "image_score")
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+# Where none is asked for. A CPU computes several images no faster than one after the other.
+MAX_BATCH_SIZE = 8
+MAX_CUDA_BATCH_SIZE = 32
+# Nodes that compute with shapes, which ONNX Runtime leaves on the CPU on purpose.
+SHAPE_NODES = {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast"}
+
+
+class Session(Protocol):
+    """A graph loaded on one device. `run` must be called by one thread at a time."""
+
+    device: str
+    provider: str
+    precision: str
+    batch_sizes: tuple[int, ...]  # that it is best at, ascending
+    pads: bool  # other sizes cost as much as the next larger one
+
+    @property
+    def ports(self) -> tuple[Ports, Ports]:
+        """Inputs and outputs."""
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(maps (N, h, w), scores (N,)) of images (N, h, w, 3)."""
+
+
+def open_session(
+    graph: bytes,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: int = 0,
+    max_batch_size: int = 0,
+) -> Session:
+    """The graph on `device`; `auto` is CUDA, else OpenVINO where the CPU computes bfloat16
+    itself, else ONNX Runtime on the CPU. `threads` of 0 are as many as there are cores,
+    `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU.
+
+    Raises DeviceUnavailable with the reason where a named device, or the precision on it, can't be
+    had, and BundleError for a graph that doesn't load.
+    """
+    if device == "cuda":
+        return CudaSession(graph, precision, max_batch_size)
+    if device == "openvino":
+        return OpenVinoSession(graph, precision, threads, max_batch_size)
+    if device == "cpu":
+        return CpuSession(graph, precision, threads, max_batch_size)
+    if CUDA in ort.get_available_providers():
+        try:
+            return CudaSession(graph, precision, max_batch_size)
+        except DeviceUnavailable as error:
+            log.warning("no CUDA device, using the CPU: %s", error)
+    if precision in ("auto", "bfloat16") and _has_openvino():
+        try:
+            return OpenVinoSession(graph, "bfloat16", threads, max_batch_size)
+        except DeviceUnavailable as error:
+            log.info("not using OpenVINO: %s", error)
+    return CpuSession(graph, precision, threads, max_batch_size)
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """The powers of two up to `largest`, and `largest` itself."""
+    powers = (2**exponent for exponent in range(largest.bit_length()))
+    return tuple(sorted({*powers, largest}))
+
+
+class CpuSession:
+    """ONNX Runtime's own kernels, in float32."""
+
+    device, provider, precision, pads = "cpu", CPU, "float32", False
+
+    def __init__(
+        self,
+        graph: bytes,
+        precision: Precision = "auto",
+        threads: int = 0,
+        max_batch_size: int = 0,
+    ) -> None:
+        _check_precision(self.device, precision, ("float32",))
+        self.batch_sizes = batch_sizes(max_batch_size or MAX_BATCH_SIZE)
+        options = _session_options()
+        options.intra_op_num_threads = threads or cores.available()
+        # The arena keeps the largest batch's memory for ever and is no faster for these graphs.
+        options.enable_cpu_mem_arena = False
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=[CPU])
+        except Exception as error:  # the runtime raises many types with no common base
+            raise BundleError(f"ONNX Runtime can't load the graph: {error}") from error
+
+    @property
+    def ports(self) -> tuple[Ports, Ports]:
+        return _ports(self._session)
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        maps, scores = self._session.run(OUTPUTS, {"image": images})
+        return maps, scores
+
+
+class OpenVinoSession:
+    """OpenVINO on the CPU; in bfloat16 where the CPU has instructions for it (AMX, AVX-512)."""
+
+    device, provider, pads = "openvino", "OpenVINO", False
+
+    def __init__(
+        self,
+        graph: bytes,
+        precision: Precision = "auto",
+        threads: int = 0,
+        max_batch_size: int = 0,
+    ) -> None:
+        openvino = _openvino()
+        core = openvino.Core()
+        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        offered = ("bfloat16", "float32") if native else ("float32",)
+        _check_precision(self.device, precision, offered)
+        self.precision = offered[0] if precision == "auto" else precision
+        self.batch_sizes = batch_sizes(max_batch_size or MAX_BATCH_SIZE)
+        options = {
+            "INFERENCE_NUM_THREADS": threads or cores.available(),
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # decoding shares the cores
+        }
+        try:
+            model = core.read_model(graph, b"")
+            self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
+            stages = [(model, "f32")]
+            if self.precision == "bfloat16":
+                network, cosines = _split_at_cosines(openvino, model)
+                stages = [(network, "bf16"), (cosines, "f32")] if cosines else [(network, "bf16")]
+            self._requests = [
+                core.compile_model(
+                    stage, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}
+                ).create_infer_request()
+                for stage, hint in stages
+            ]
+        except Exception as error:  # as in CpuSession
+            raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        *earlier, last = self._requests
+        values = [images]
+        for request in earlier:
+            results = request.infer(values, share_inputs=True, share_outputs=True)
+            values = list(results.values())
+        results = last.infer(values, share_inputs=True)
+        return results[OUTPUTS[0]], results[OUTPUTS[1]]
+
+
+class CudaSession:
+    """ONNX Runtime on an NVIDIA GPU, one CUDA graph for each batch size.
+
+    A float16 graph computes in float16, whatever the precision; a float32 one in float32 or tf32.
+    """
+
+    device, provider, pads = "cuda", CUDA, True
+
+    def __init__(
+        self, graph: bytes, precision: Precision = "auto", max_batch_size: int = 0
+    ) -> None:
+        if CUDA not in ort.get_available_providers():
+            raise DeviceUnavailable(
+                "device cuda was asked for, but this ONNX Runtime is built without it: install "
+                "the `gpu` extra (make RUNTIME=gpu)"
+            )
+        _check_precision(self.device, precision, ("float32", "tf32"))
+        ort.preload_dlls()
+        options = _session_options()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        # TF32 moves scores by 1e-3, so it has to be asked for. Every batch size is run at start:
+        # the search for the fastest kernels is over before the first request.
+        provider_options = {
+            "use_tf32": "1" if precision == "tf32" else "0",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "arena_extend_strategy": "kSameAsRequested",
+            "enable_cuda_graph": "1",
+        }
+        try:
+            session = ort.InferenceSession(graph, options, [(CUDA, provider_options), CPU])
+        except Exception as error:  # as in CpuSession
+            raise DeviceUnavailable(f"device cuda can't load the graph: {error}") from error
+        if session.get_providers()[0] != CUDA:
+            # On a machine without a driver the session is made without an error, on the CPU.
+            raise DeviceUnavailable(
+                "device cuda was asked for, but ONNX Runtime fell back to "
+                f"{session.get_providers()[0]}: no NVIDIA GPU, or a driver older than CUDA 13 needs"
+            )
+        check_placement(
+            (node.op_type, part.ep_name)
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        )
+        stored = session.get_modelmeta().custom_metadata_map.get("precision", "float32")
+        if stored != "float32" and precision != "auto":
+            raise DeviceUnavailable(
+                f"precision {precision} was asked for, but the graph was exported in {stored}"
+            )
+        self.precision = stored if precision == "auto" else precision
+        self._session = session
+        self.batch_sizes = batch_sizes(max_batch_size or MAX_CUDA_BATCH_SIZE)
+        self._batches = BoundBatches(session, "cuda", self.batch_sizes)
+
+    @property
+    def ports(self) -> tuple[Ports, Ports]:
+        return _ports(self._session)
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._batches.run(images)
+
+
+class BoundBatches:
+    """Batches padded to one of a few sizes, each with memory on the device that stays in place.
+
+    What CUDA graphs need: they replay kernels with the addresses and shapes of their recording.
+    Only uint8 pixels travel to the device, only maps and scores back.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, device: Literal["cuda", "cpu"], sizes: Sequence[int]
+    ) -> None:
+        self._batches = [_BoundBatch(session, device, size) for size in sorted(sizes)]
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Session.run; more than the largest size go in several runs."""
+        largest = self._batches[-1].size
+        results = [
+            self._fitting(len(part)).run(part)
+            for part in (images[i : i + largest] for i in range(0, len(images), largest))
+        ]
+        maps, scores = zip(*results, strict=True)
+        return np.concatenate(maps), np.concatenate(scores)
+
+    def _fitting(self, count: int) -> "_BoundBatch":
+        return next(batch for batch in self._batches if batch.size >= count)
+
+
+class _BoundBatch:
+    def __init__(self, session: ort.InferenceSession, device: str, size: int) -> None:
+        self.size, self._session = size, session
+        self._binding = session.io_binding()
+        height, width = session.get_inputs()[0].shape[1:3]
+
+        def placed(dtype: type, *shape: int) -> ort.OrtValue:
+            return ort.OrtValue.ortvalue_from_shape_and_type((size, *shape), dtype, device, 0)
+
+        self._padded = np.zeros((size, height, width, 3), np.uint8)
+        self._image = placed(np.uint8, height, width, 3)
+        self._maps, self._scores = placed(np.float32, height, width), placed(np.float32)
+        self._binding.bind_ortvalue_input("image", self._image)
+        for name, value in zip(OUTPUTS, (self._maps, self._scores), strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(size))
+
+    def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(images)
+        if count < self.size:
+            self._padded[:count] = images
+            images = self._padded
+        self._image.update_inplace(np.ascontiguousarray(images))
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        # Copies: on the CPU numpy() is a view of memory that the next run overwrites.
+        return self._maps.numpy()[:count].copy(), self._scores.numpy()[:count].copy()
+
+
+def check_placement(nodes: Iterable[tuple[str, str]]) -> None:
+    """Raises DeviceUnavailable where (operator, provider) pairs leave the CPU more than shapes."""
+    left = sorted({kind for kind, provider in nodes if provider != CUDA} - SHAPE_NODES)
+    if left:
+        raise DeviceUnavailable(
+            f"device cuda was asked for, but ONNX Runtime leaves {', '.join(left)} on the CPU"
+        )
+
+
+def _check_precision(device: str, precision: Precision, offered: Sequence[str]) -> None:
+    if precision not in ("auto", *offered):
+        raise DeviceUnavailable(
+            f"precision {precision} was asked for, but device {device} offers "
+            f"{' and '.join(offered)} here"
+        )
+
+
+def _session_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _ports(session: ort.InferenceSession) -> tuple[Ports, Ports]:
+    def described(ports: Any) -> Ports:
+        types = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+        return [(p.name, types.get(p.type, p.type), tuple(p.shape[1:])) for p in ports]
+
+    return described(session.get_inputs()), described(session.get_outputs())
+
+
+def _openvino_ports(ports: Any) -> Ports:
+    return [
+        (
+            port.any_name,
+            str(port.element_type.to_dtype()),
+            tuple(s.get_length() if s.is_static else -1 for s in list(port.partial_shape)[1:]),
+        )
+        for port in ports
+    ]
+
+
+def _split_at_cosines(openvino: Any, model: Any) -> tuple[Any, Any]:
+    """(image -> features, features -> map and score), so that only the first is computed in
+    bfloat16, whose eight bits are too few for 1 - cosine; (model, None) without cosines.
+
+    Features are what is multiplied and then summed over channels. Takes `model` apart.
+    """
+    users: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
+    for node in model.get_ordered_ops():
+        product = node.input_value(0).get_node() if node.get_type_name() == "ReduceSum" else None
+        if product is None or product.get_type_name() != "Multiply":
+            continue
+        if len(product.get_output_partial_shape(0)) != 4:  # (N, channels, height, width)
+            continue
+        for port in product.inputs():
+            source = port.get_source_output()
+            key = (source.get_node().get_name(), source.get_index())
+            users.setdefault(key, (source, []))[1].append(port)
+    if not users:
+        return model, None
+    parameters = []
+    for source, ports in users.values():
+        parameter = openvino.opset13.parameter(
+            source.get_partial_shape(), source.get_element_type()
+        )
+        parameters.append(parameter)
+        for port in ports:
+            port.replace_source_output(parameter.output(0))
+    features = [openvino.opset13.result(source) for source, _ in users.values()]
+    cosines = openvino.Model(model.get_results(), parameters)
+    return openvino.Model(features, model.get_parameters()), cosines
+
+
+def _has_openvino() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _openvino() -> Any:
+    if not _has_openvino():
+        raise DeviceUnavailable(
+            "device openvino was asked for, but openvino is not installed (the `cpu` extra brings "
+            "it on Linux)"
+        )
+    # Its import would tell a web analytics service; without this package it has nobody to tell.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
