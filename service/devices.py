@@ -148,15 +148,15 @@ class OpenVinoSession:
         try:
             model = core.read_model(graph, b"")
             self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
-            stages = [(model, "f32")]
+            exact, fast = {"INFERENCE_PRECISION_HINT": "f32"}, {"INFERENCE_PRECISION_HINT": "bf16"}
+            stages = [(model, exact)]
             if self.precision == "bfloat16":
-                network, cosines = _split_at_cosines(openvino, model)
-                stages = [(network, "bf16"), (cosines, "f32")] if cosines else [(network, "bf16")]
+                stem, network, cosines = _split(openvino, model)
+                stages = [(stem, exact), (network, fast), (cosines, exact)]
             self._requests = [
-                core.compile_model(
-                    stage, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}
-                ).create_infer_request()
+                core.compile_model(stage, "CPU", options | hint).create_infer_request()
                 for stage, hint in stages
+                if stage is not None
             ]
         except Exception as error:  # as in CpuSession
             raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
@@ -331,36 +331,66 @@ def _openvino_ports(ports: Any) -> Ports:
     ]
 
 
-def _split_at_cosines(openvino: Any, model: Any) -> tuple[Any, Any]:
-    """(image -> features, features -> map and score), so that only the first is computed in
-    bfloat16, whose eight bits are too few for 1 - cosine; (model, None) without cosines.
+def _split(openvino: Any, model: Any) -> tuple[Any, Any, Any]:
+    """(image -> stem, stem -> features, features -> map and score), of which only the second is
+    computed in bfloat16; takes `model` apart.
 
-    Features are what is multiplied and then summed over channels. Takes `model` apart.
+    Eight bits are too few for the small steps of gray of the image, and for 1 - cosine. The first
+    and the last are None where the graph has no convolution, or no cosines.
     """
-    users: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
-    for node in model.get_ordered_ops():
+    nodes = model.get_ordered_ops()
+    cosines = stem = None
+    if features := _features(nodes):
+        model, cosines = _cut(openvino, model, features)
+    if any(node.get_type_name() == "Convolution" for node in nodes):
+        stem, model = _cut(openvino, model, [_stem(nodes)])
+    return stem, model, cosines
+
+
+def _features(nodes: list[Any]) -> list[Any]:
+    """The outputs (N, channels, h, w) that are multiplied and then summed over channels."""
+    found: dict[tuple[str, int], Any] = {}
+    for node in nodes:
         product = node.input_value(0).get_node() if node.get_type_name() == "ReduceSum" else None
         if product is None or product.get_type_name() != "Multiply":
             continue
-        if len(product.get_output_partial_shape(0)) != 4:  # (N, channels, height, width)
-            continue
-        for port in product.inputs():
-            source = port.get_source_output()
-            key = (source.get_node().get_name(), source.get_index())
-            users.setdefault(key, (source, []))[1].append(port)
-    if not users:
-        return model, None
+        if len(product.get_output_partial_shape(0)) == 4:
+            for value in product.input_values():
+                found[value.get_node().get_name(), value.get_index()] = value
+    return list(found.values())
+
+
+def _stem(nodes: list[Any]) -> Any:
+    """The last output that everything goes through before the paths part: the first convolution
+    with its bias, activation and pooling."""
+    output = next(node for node in nodes if node.get_type_name() == "Convolution").output(0)
+    while True:
+        users = [port.get_node() for port in output.get_target_inputs()]
+        users = [node for node in users if node.get_type_name() != "ShapeOf"]
+        if len(users) != 1 or users[0].get_type_name() in ("Convolution", "Result"):
+            return output
+        output = users[0].output(0)
+
+
+def _cut(openvino: Any, model: Any, outputs: list[Any]) -> tuple[Any, Any]:
+    """(what leads to `outputs`, what follows from them) as two models."""
+    before: set[str] = set()
+    pending = [output.get_node() for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node.get_name() not in before:
+            before.add(node.get_name())
+            pending += [value.get_node() for value in node.input_values()]
     parameters = []
-    for source, ports in users.values():
-        parameter = openvino.opset13.parameter(
-            source.get_partial_shape(), source.get_element_type()
-        )
-        parameters.append(parameter)
-        for port in ports:
-            port.replace_source_output(parameter.output(0))
-    features = [openvino.opset13.result(source) for source, _ in users.values()]
-    cosines = openvino.Model(model.get_results(), parameters)
-    return openvino.Model(features, model.get_parameters()), cosines
+    for output in outputs:
+        shape, dtype = output.get_partial_shape(), output.get_element_type()
+        parameters.append(openvino.opset13.parameter(shape, dtype))
+        for port in output.get_target_inputs():
+            if port.get_node().get_name() not in before:
+                port.replace_source_output(parameters[-1].output(0))
+    following = openvino.Model(model.get_results(), parameters)
+    results = [openvino.opset13.result(output) for output in outputs]
+    return openvino.Model(results, model.get_parameters()), following
 
 
 def _has_openvino() -> bool:
