@@ -75,7 +75,7 @@ def open_session(
             return CudaSession(graph, precision, max_batch_size)
         except DeviceUnavailable as error:
             log.warning("no CUDA device, using the CPU: %s", error)
-    if precision in ("auto", "bfloat16") and _has_openvino():
+    if precision in ("auto", "bfloat16") and has_openvino():
         try:
             return OpenVinoSession(graph, "bfloat16", threads, max_batch_size)
         except DeviceUnavailable as error:
@@ -133,7 +133,7 @@ class OpenVinoSession:
         threads: int = 0,
         max_batch_size: int = 0,
     ) -> None:
-        openvino = _openvino()
+        openvino = import_openvino()
         core = openvino.Core()
         native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         offered = ("bfloat16", "float32") if native else ("float32",)
@@ -393,12 +393,12 @@ def _cut(openvino: Any, model: Any, outputs: list[Any]) -> tuple[Any, Any]:
     return openvino.Model(results, model.get_parameters()), following
 
 
-def _has_openvino() -> bool:
+def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def _openvino() -> Any:
-    if not _has_openvino():
+def import_openvino() -> Any:
+    if not has_openvino():
         raise DeviceUnavailable(
             "device openvino was asked for, but openvino is not installed (the `cpu` extra brings "
             "it on Linux)"

@@ -26,7 +26,7 @@ needs_no_cuda = pytest.mark.skipif(
 
 
 def has_bfloat16() -> bool:
-    core = devices._openvino().Core()
+    core = devices.import_openvino().Core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -63,7 +63,7 @@ def test_auto_in_float32_is_onnx_runtime() -> None:
 
 @needs_no_cuda
 def test_auto_without_openvino_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_has_openvino", lambda: False)
+    monkeypatch.setattr(devices, "has_openvino", lambda: False)
 
     assert open_session(brightness_graph()).provider == "CPUExecutionProvider"
     with pytest.raises(DeviceUnavailable, match="openvino was asked for, but .* not installed"):
@@ -114,7 +114,7 @@ def test_results_stay_as_they_are_when_the_next_batch_runs() -> None:
 
 @needs_openvino
 def test_openvino_tells_nobody_that_it_is_used() -> None:
-    code = "from service.devices import _openvino; _openvino(); import sys; "
+    code = "from service.devices import import_openvino; import_openvino(); import sys; "
     code += "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
