@@ -34,10 +34,12 @@ class Graph(Record):
 
     sha256: Sha256
     opset: int
-    weights: Literal["float32", "float16"]  # as stored; computed in float32
-    # Largest relative difference of score and map from the PyTorch network, float32 weights.
+    weights: Literal["float32", "float16"]  # as stored
+    # What the network computes in; normalisation, cosine distances and map always in float32.
+    precision: Literal["float32", "float16"] = "float32"
+    # Largest relative difference of score and map from the PyTorch network, all in float32.
     parity: float
-    # Largest relative change of a score by storing weights in float16.
+    # Largest relative change of a score by float16, of the weights or of all that is computed.
     weight_rounding: float
 
 

@@ -98,6 +98,16 @@ def test_a_bundle_is_never_overwritten(write_bundle: Write) -> None:
         write_bundle()
 
 
+def test_a_bundle_from_before_precisions_computes_in_float32(write_bundle: Write) -> None:
+    bundle = write_bundle()
+    path = bundle.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["graph"]["precision"]
+    path.write_text(json.dumps(manifest))
+
+    assert Bundle(bundle.folder).manifest.graph.precision == "float32"
+
+
 def test_versions_are_the_folders_named_as_integers(write_bundle: Write, tmp_path: Path) -> None:
     for version in (2, 10, 1):
         write_bundle(version=version)

@@ -643,6 +643,10 @@ def test_without_normal_pictures_there_is_no_threshold_and_rounding_is_still_mea
     assert 0 < bundle.manifest.graph.weight_rounding < 2e-2
     assert len(bundle.read_graph()) < 40e6
 
+    assert main([*command, "--precision", "float16"]) == 0
+    graph = Bundle(tmp_path / "part" / "2").manifest.graph
+    assert graph.precision == "float16" and 0 < graph.weight_rounding < 2e-2
+
 
 def test_a_data_set_is_no_folder_of_normal_pictures(rd4ad, tmp_path):
     """Its train/good is what the network was trained on: the threshold would be too low."""

@@ -175,6 +175,13 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="how weights are stored; float16 halves the file (default: float32)",
     )
+    add(
+        "--precision",
+        choices=("float32", "float16"),
+        default="float32",
+        help="what the network computes in; float16 is for GPUs, and stores weights so, too "
+        "(default: float32)",
+    )
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -185,6 +192,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.name,
         version=arguments.version,
         weights=arguments.weights,
+        precision=arguments.precision,
         data_folder=arguments.data,
         unfinished=arguments.unfinished,
     )
@@ -199,6 +207,8 @@ def _tell(bundle: "Bundle") -> None:
         f"wrote {bundle.folder}: {len(bundle.read_graph()) / 1e6:.1f} MB, opset {graph.opset}, "
         f"difference from torch {graph.parity:.1e}; a running service reads it at its next start"
     )
+    if graph.weight_rounding:
+        print(f"float16 changes scores by at most {graph.weight_rounding:.1e} of their value")
     if calibration is None:
         print("no threshold: calibrate it (POST /v1/calibrate), or import again with --normals")
         return
@@ -259,6 +269,7 @@ def _import(arguments: argparse.Namespace) -> int:
         normals=arguments.normals,
         version=arguments.version,
         weights=arguments.weights,
+        precision=arguments.precision,
     )
     _tell(bundle)
     return 0

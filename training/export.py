@@ -9,12 +9,10 @@ import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from service import bundle as bundles
@@ -30,17 +28,22 @@ from service.bundle import (
     TrainingData,
 )
 from service.detector import Detector
+from service.errors import InferenceFailed
 from training import checkpoint as checkpoints
 from training import data
 from training.checkpoint import Checkpoint
 from training.errors import TrainingError
 from training.model import AnomalyMap, ReverseDistillation, TeacherWeights, from_settings
-
-Weights = Literal["float32", "float16"]
+from training.precision import (
+    FloatType,
+    compute_in_float16,
+    halve_weights,
+    round_activations,
+)
 
 OPSET = 20
 PARITY_LIMIT = 1e-4  # relative, of score and map
-ROUNDING_LIMIT = 2e-2  # what storing weights in float16 may change, relative
+ROUNDING_LIMIT = 2e-2  # what float16 may change, relative
 # Settings that say nothing about the model: places on the machine that trained it.
 LOCAL_SETTINGS = (
     *("data", "models", "name", "image_size", "device", "save_every", "strict"),
@@ -78,13 +81,16 @@ def export(
     name: str,
     *,
     version: int | None = None,
-    weights: Weights = "float32",
+    weights: FloatType = "float32",
+    precision: FloatType = "float32",
     data_folder: Path | None = None,
     unfinished: bool = False,
 ) -> Bundle:
     """Write `models/name/version` from the run's checkpoint.
 
-    Raises TrainingError for a run that has not ended, unless `unfinished`, and as `write_bundle`.
+    `weights` says how they are stored, `precision` what the network computes in; in float16 its
+    weights are float16, too. Raises TrainingError for a run that has not ended, unless
+    `unfinished`, and as `write_bundle`.
     """
     folder = models / name / "checkpoint"
     run = checkpoints.read(folder)
@@ -113,7 +119,9 @@ def export(
         metrics={"epochs": run.epoch, **({"loss": run.losses[-1]} if run.losses else {})},
     )
     size = run.settings.image_size
-    return write_bundle(target, scorer, size, origin, run.held_out, held_out.pixels, weights)
+    return write_bundle(
+        target, scorer, size, origin, run.held_out, held_out.pixels, weights, precision
+    )
 
 
 def new_version(models: Path, name: str, version: int | None) -> Path:
@@ -137,21 +145,28 @@ def write_bundle(
     origin: Origin,
     held_out: dict[str, str],
     pixels: np.ndarray,
-    weights: Weights,
+    weights: FloatType,
+    precision: FloatType,
 ) -> Bundle:
     """Make the graph, check it, score the held-out images and write the bundle.
 
     `held_out` maps names to SHA-256, `pixels` are the same images, uint8 (N, H, W, 3), N from 0 on.
     Raises TrainingError where the graph's answers differ from the network's by more than
-    PARITY_LIMIT, or float16 weights change scores by more than ROUNDING_LIMIT.
+    PARITY_LIMIT, or float16 changes scores by more than ROUNDING_LIMIT or can't hold the numbers.
     """
     exact = to_onnx(scorer, image_size)
     parity = check_parity(exact, scorer, pixels[:5])
-    graph = halve_weights(exact) if weights == "float16" else exact
+    graph = as_computed = exact
+    if precision == "float16":
+        graph, weights = compute_in_float16(exact), "float16"
+        as_computed = round_activations(graph)  # by a GPU; the CPU would leave roundings out
+    elif weights == "float16":
+        graph = as_computed = halve_weights(exact)
 
     probes = pixels if len(pixels) else _noise(image_size)
-    scores = score(Detector(graph, image_size, "cpu"), probes)
-    rounding = 0.0 if graph is exact else _rounding(exact, scores, probes)
+    scores, rounding = score(Detector(exact, image_size, "cpu"), probes), 0.0
+    if graph is not exact:
+        scores, rounding = _rounded(as_computed, scores, probes)
     manifest = Manifest(
         name=target.parent.name,
         version=int(target.name),
@@ -161,6 +176,7 @@ def write_bundle(
             sha256=image.digest(graph),
             opset=OPSET,
             weights=weights,
+            precision=precision,
             parity=parity,
             weight_rounding=rounding,
         ),
@@ -226,31 +242,6 @@ def _strip_traces(graph: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-def halve_weights(graph: bytes) -> bytes:
-    """The same graph with its convolutions' weights stored as float16; the runtime widens them.
-
-    Biases and the map's operators stay float32: they are small, and the map is exact.
-    """
-    model = onnx.load_model_from_string(graph)
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 4:
-            continue
-        values = numpy_helper.to_array(tensor).astype(np.float16)
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(values, f"{name}.float16"))
-        casts.append(
-            onnx.helper.make_node(
-                "Cast", [f"{name}.float16"], [name], f"{name}.widen", to=TensorProto.FLOAT
-            )
-        )
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString())
-
-
 def check_parity(graph: bytes, scorer: Scorer, real: np.ndarray) -> float:
     """Largest relative difference of the graph's scores and maps from torch's.
 
@@ -290,17 +281,25 @@ def _noise(size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, *size, 3), np.uint8)
 
 
-def _rounding(exact: bytes, rounded: np.ndarray, images: np.ndarray) -> float:
-    """Largest relative change of an image's score by storing weights in float16."""
+def _rounded(graph: bytes, exact: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores of the images by a graph in float16, and their largest relative change from `exact`.
+
+    Raises TrainingError beyond ROUNDING_LIMIT.
+    """
     height, width = images.shape[1:3]
-    before = score(Detector(exact, (height, width), "cpu"), images)
-    rounding = float((np.abs(rounded - before) / before).max())
+    try:
+        scores = score(Detector(graph, (height, width), "cpu"), images)
+    except InferenceFailed as error:
+        raise TrainingError(
+            "the network has numbers beyond float16's range (65504): export it in float32"
+        ) from error
+    rounding = float((np.abs(scores - exact) / exact).max())
     if not rounding <= ROUNDING_LIMIT:
         raise TrainingError(
-            f"float16 weights change scores by {rounding:.2e} relative; the limit is "
-            f"{ROUNDING_LIMIT:g}: export with --weights float32"
+            f"float16 changes scores by {rounding:.2e} relative; the limit is {ROUNDING_LIMIT:g}: "
+            "export it in float32"
         )
-    return rounding
+    return scores, rounding
 
 
 def score(detector: Detector, images: np.ndarray) -> np.ndarray:

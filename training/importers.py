@@ -23,7 +23,7 @@ from torch import Tensor
 from service.bundle import Bundle, Network
 from training import data, datasets
 from training.errors import TrainingError
-from training.export import Origin, Scorer, Weights, new_version, write_bundle
+from training.export import Origin, Scorer, new_version, write_bundle
 from training.flags import image_size
 from training.model import (
     IMAGENET_MEAN,
@@ -38,6 +38,7 @@ from training.model import (
     load_teacher,
     shortened,
 )
+from training.precision import FloatType
 from training.settings import BACKBONES, Bottleneck, ImportFormat, Skips
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def import_checkpoint(
     size: tuple[int, int] | None = None,
     normals: Path | None = None,
     version: int | None = None,
-    weights: Weights = "float32",
+    weights: FloatType = "float32",
+    precision: FloatType = "float32",
 ) -> Bundle:
     """Write `models/name/version` from a checkpoint of RD4AD, SK-RD4AD, DRD or anomalib.
 
@@ -145,7 +147,9 @@ def import_checkpoint(
         metrics={},
     )
     scorer = Scorer(model, anomaly_map).eval()
-    return write_bundle(target, scorer, preparation.size, origin, held_out, pixels, weights)
+    return write_bundle(
+        target, scorer, preparation.size, origin, held_out, pixels, weights, precision
+    )
 
 
 def _names(model: ReverseDistillation, code: Code, anomalib: bool) -> dict[str, str]:

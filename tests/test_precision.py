@@ -1,0 +1,177 @@
+"""float32 graphs in float16: what is narrow and what stays wide, and that overflow is seen."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from training_fixtures import normal_picture, randomise
+
+from service.detector import Detector
+from service.errors import InferenceFailed
+from training.export import Scorer, relative_difference, to_onnx
+from training.model import AnomalyMap, ReverseDistillation
+from training.precision import compute_in_float16, halve_weights, round_activations
+
+SIZE = (32, 64)
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+KINDS = {  # skips, bottleneck, refinement
+    "rd4ad": ("none", "mff", False),
+    "sk-rd4ad": ("sk", "mff", False),
+    "gated": ("gated", "mff", False),
+    "drd": ("none", "mfcf", True),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def wide(request):
+    skips, bottleneck, refinement = KINDS[request.param]
+    model = ReverseDistillation("resnet18", skips, 16, bottleneck)
+    randomise(model, 0)
+    return to_onnx(Scorer(model, AnomalyMap(SIZE, refinement=refinement)).eval(), SIZE)
+
+
+@pytest.fixture(scope="module")
+def narrow(wide):
+    return compute_in_float16(wide)
+
+
+def pictures(count: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return np.stack([normal_picture(rng, SIZE) for _ in range(count)])
+
+
+def answers(graph: bytes) -> tuple[np.ndarray, np.ndarray]:
+    predictions = Detector(graph, SIZE, "cpu").run(pictures())
+    return np.stack([p.anomaly_map for p in predictions]), np.array([p.score for p in predictions])
+
+
+def typed(graph: bytes) -> tuple[onnx.GraphProto, dict[str, int]]:
+    """The graph, and the type of each of its values."""
+    model = onnx.load_model_from_string(graph)
+    graph = model.graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return graph, types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def test_convolutions_are_float16_and_normalisation_cosine_and_map_float32(narrow):
+    graph, types = typed(narrow)
+
+    convolutions = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    assert len(convolutions) == 38
+    for node in convolutions:
+        assert {types[name] for name in (*node.input, *node.output)} == {FLOAT16}
+    for node in graph.node:
+        if node.op_type in ("Relu", "MaxPool"):
+            assert types[node.output[0]] == FLOAT16, node.name
+        if node.op_type in ("Transpose", "ReduceSum", "ReduceL2", "Sqrt", "MatMul", "ReduceMax"):
+            assert {types[node.input[0]], types[node.output[0]]} == {FLOAT}, node.name
+
+
+def test_casts_stand_only_where_the_types_meet(narrow):
+    """One after normalisation, one for each of six feature maps, one behind each of two gates."""
+    graph, _ = typed(narrow)
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+
+    gated = any(node.op_type == "ReduceL2" for node in graph.node)
+    assert len(casts) == 1 + 1 + 6 + 2 * gated  # the first makes numbers of the pixels
+    assert len({node.name for node in graph.node}) == len(graph.node)
+
+
+def test_the_interface_stays_and_nothing_is_added_but_casts(wide, narrow):
+    (before, _), (after, _) = typed(wide), typed(narrow)
+
+    assert list(after.input) == list(before.input) and list(after.output) == list(before.output)
+    operators = [node.op_type for node in after.node if node.op_type != "Cast"]
+    assert operators == [node.op_type for node in before.node if node.op_type != "Cast"]
+    assert len(narrow) < 0.51 * len(wide)
+
+
+def test_weights_are_rounded_once_from_the_folded_float32_ones(wide, narrow):
+    (before, _), (after, _) = typed(wide), typed(narrow)
+
+    exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in before.initializer}
+    for tensor in after.initializer:
+        original = exact[tensor.name.removesuffix(".float16")]
+        value = numpy_helper.to_array(tensor)
+        assert (value == original.astype(value.dtype)).all(), tensor.name
+
+
+def test_scores_and_maps_hardly_change(wide, narrow):
+    maps, scores = answers(wide)
+    for graph in (narrow, round_activations(narrow)):
+        other_maps, other_scores = answers(graph)
+        assert 0 < relative_difference(other_maps, maps) < 5e-3
+        assert relative_difference(other_scores, scores) < 5e-3
+
+
+def test_activations_are_rounded_on_the_cpu_too(narrow):
+    """Else their change would be that of the weights alone."""
+    maps, _ = answers(narrow)
+    rounded, _ = answers(round_activations(narrow))
+
+    assert relative_difference(rounded, maps) > 1e-5
+
+
+def louder(graph: bytes, scale: float) -> bytes:
+    """The network with a first convolution whose numbers are `scale` times as large."""
+    model = onnx.load_model_from_string(graph)
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    for tensor in model.graph.initializer:
+        if tensor.name in first.input:
+            values = numpy_helper.to_array(tensor) * np.float32(scale)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model.SerializeToString()
+
+
+def test_activations_beyond_float16s_range_are_seen_though_the_cpu_has_no_float16(wide):
+    """Their weights fit: without the roundings spelled out, the CPU would answer as if all did."""
+    narrow = compute_in_float16(louder(wide, 2e4))
+
+    assert np.isfinite(answers(narrow)[1]).all()
+    with pytest.raises(InferenceFailed, match="a score that is no number"):
+        answers(round_activations(narrow))
+
+
+@pytest.mark.parametrize("change", [halve_weights, compute_in_float16])
+def test_weights_beyond_float16s_range_are_seen(wide, change):
+    with pytest.raises(InferenceFailed, match="a score that is no number"):
+        answers(change(louder(wide, 1e7)))
+
+
+def test_a_weight_read_in_both_types_is_kept_in_both():
+    """No exported network shares one so far; the exporter merges equal constants."""
+    weight = numpy_helper.from_array(np.full((3, 3, 1, 1), 0.1, np.float32), "weight")
+    axes = numpy_helper.from_array(np.array([1]), "axes")
+    nodes = [
+        helper.make_node("Conv", ["image", "weight"], ["features"]),
+        helper.make_node("ReduceSum", ["features", "axes"], ["sum"], keepdims=1),
+        helper.make_node("Add", ["sum", "weight"], ["map"]),
+    ]
+    shape = (3, 3, 8, 8)
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "shared",
+            [helper.make_tensor_value_info("image", FLOAT, shape)],
+            [helper.make_tensor_value_info("map", FLOAT, shape)],
+            [weight, axes],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+    )
+
+    graph, types = typed(compute_in_float16(model.SerializeToString()))
+
+    assert {types["weight"], types["weight.float16"]} == {FLOAT, FLOAT16}
+    assert [node.op_type for node in graph.node] == ["Cast", "Conv", "Cast", "ReduceSum", "Add"]
+
+
+def test_halving_rounds_each_weight_to_float16_and_no_more(wide):
+    before = {t.name: numpy_helper.to_array(t) for t in typed(wide)[0].initializer}
+    after = typed(halve_weights(wide))[0].initializer
+
+    assert len(after) == len(before)
+    for tensor in after:
+        value = numpy_helper.to_array(tensor)
+        original = before[tensor.name.removesuffix(".float16")]
+        assert (value == original.astype(value.dtype)).all()
