@@ -97,6 +97,23 @@ def test_weights_are_rounded_once_from_the_folded_float32_ones(wide, narrow):
         assert (value == original.astype(value.dtype)).all(), tensor.name
 
 
+def test_the_graph_itself_says_what_it_computes_in(wide, narrow):
+    """The service reads it without the manifest."""
+    properties = onnx.load_model_from_string(narrow).metadata_props
+    assert [(entry.key, entry.value) for entry in properties] == [("precision", "float16")]
+    assert not onnx.load_model_from_string(wide).metadata_props
+
+
+def test_openvino_runs_it_in_its_own_precision(wide, narrow):
+    """float16 is how its weights are stored then."""
+    pytest.importorskip("openvino")
+    _, scores = answers(wide)
+    for precision in ("float32", "auto"):
+        detector = Detector(narrow, SIZE, "openvino", precision=precision)
+        found = np.array([p.score for p in detector.run(pictures())])
+        assert relative_difference(found, scores) < (5e-3 if precision == "float32" else 5e-2)
+
+
 def test_scores_and_maps_hardly_change(wide, narrow):
     maps, scores = answers(wide)
     for graph in (narrow, round_activations(narrow)):

@@ -68,6 +68,7 @@ def compute_in_float16(graph: bytes) -> bytes:
     tensors = [t for t in (*model.graph.initializer, *copies.values()) if t.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(tensors)
+    helper.set_model_props(model, {"precision": "float16"})  # for whom the manifest doesn't reach
     return _with_nodes(model, nodes)
 
 
