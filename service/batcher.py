@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,8 +95,9 @@ class Batcher:
         try:
             return await waiter.answer
         finally:
-            with self._lock, suppress(ValueError):  # no longer there: it was run
-                self._waiting.remove(waiter)
+            with self._lock:
+                if waiter in self._waiting:  # cancelled
+                    self._waiting.remove(waiter)
 
     def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the device's thread: one batch of what waits, then back to the end of its queue."""
