@@ -107,6 +107,8 @@ class CpuSession:
         options.intra_op_num_threads = threads or cores.available()
         # The arena keeps the largest batch's memory for ever and is no faster for these graphs.
         options.enable_cpu_mem_arena = False
+        # Threads that spin while they wait gain nothing here and take a core from decoding.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = ort.InferenceSession(graph, options, providers=[CPU])
         except Exception as error:  # the runtime raises many types with no common base
