@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -150,27 +151,27 @@ class OpenVinoSession:
         try:
             model = core.read_model(graph, b"")
             self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
-            exact, fast = {"INFERENCE_PRECISION_HINT": "f32"}, {"INFERENCE_PRECISION_HINT": "bf16"}
-            stages = [(model, exact)]
+            stages = [(model, "f32")]
             if self.precision == "bfloat16":
-                stem, network, cosines = _split(openvino, model)
-                stages = [(stem, exact), (network, fast), (cosines, exact)]
+                stages = _split_at_cosines(openvino, model)
             self._requests = [
-                core.compile_model(stage, "CPU", options | hint).create_infer_request()
+                core.compile_model(
+                    stage, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}
+                ).create_infer_request()
                 for stage, hint in stages
-                if stage is not None
             ]
         except Exception as error:  # as in CpuSession
             raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        *earlier, last = self._requests
-        values = [images]
-        for request in earlier:
-            results = request.infer(values, share_inputs=True, share_outputs=True)
-            values = list(results.values())
-        results = last.infer(values, share_inputs=True)
-        return results[OUTPUTS[0]], results[OUTPUTS[1]]
+        self._requests[0].infer({"image": images}, share_inputs=True, share_outputs=True)
+        for earlier, later in pairwise(self._requests):
+            for place in range(len(later.model_inputs)):
+                later.set_input_tensor(place, earlier.get_output_tensor(place))
+            later.infer(share_outputs=True)
+        # Copies: the next run overwrites the tensors.
+        maps, scores = (np.array(self._requests[-1].get_tensor(name).data) for name in OUTPUTS)
+        return maps, scores
 
 
 class CudaSession:
@@ -333,20 +334,14 @@ def _openvino_ports(ports: Any) -> Ports:
     ]
 
 
-def _split(openvino: Any, model: Any) -> tuple[Any, Any, Any]:
-    """(image -> stem, stem -> features, features -> map and score), of which only the second is
-    computed in bfloat16; takes `model` apart.
-
-    Eight bits are too few for the small steps of gray of the image, and for 1 - cosine. The first
-    and the last are None where the graph has no convolution, or no cosines.
-    """
-    nodes = model.get_ordered_ops()
-    cosines = stem = None
-    if features := _features(nodes):
-        model, cosines = _cut(openvino, model, features)
-    if any(node.get_type_name() == "Convolution" for node in nodes):
-        stem, model = _cut(openvino, model, [_stem(nodes)])
-    return stem, model, cosines
+def _split_at_cosines(openvino: Any, model: Any) -> list[tuple[Any, str]]:
+    """[image -> features in bfloat16, features -> map and score in float32]: eight bits are too
+    few for 1 - cosine. The model as it is where it has no cosines; else it is taken apart."""
+    features = _features(model.get_ordered_ops())
+    if not features:
+        return [(model, "bf16")]
+    network, cosines = _cut(openvino, model, features)
+    return [(network, "bf16"), (cosines, "f32")]
 
 
 def _features(nodes: list[Any]) -> list[Any]:
@@ -360,18 +355,6 @@ def _features(nodes: list[Any]) -> list[Any]:
             for value in product.input_values():
                 found[value.get_node().get_name(), value.get_index()] = value
     return list(found.values())
-
-
-def _stem(nodes: list[Any]) -> Any:
-    """The last output that everything goes through before the paths part: the first convolution
-    with its bias, activation and pooling."""
-    output = next(node for node in nodes if node.get_type_name() == "Convolution").output(0)
-    while True:
-        users = [port.get_node() for port in output.get_target_inputs()]
-        users = [node for node in users if node.get_type_name() != "ShapeOf"]
-        if len(users) != 1 or users[0].get_type_name() in ("Convolution", "Result"):
-            return output
-        output = users[0].output(0)
 
 
 def _cut(openvino: Any, model: Any, outputs: list[Any]) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from training_fixtures import normal_picture, randomise
@@ -10,7 +11,12 @@ from service.detector import Detector
 from service.errors import InferenceFailed
 from training.export import Scorer, relative_difference, to_onnx
 from training.model import AnomalyMap, ReverseDistillation
-from training.precision import compute_in_float16, halve_weights, round_activations
+from training.precision import (
+    compute_in_float16,
+    halve_weights,
+    keep_pixels_whole,
+    round_activations,
+)
 
 SIZE = (32, 64)
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -52,6 +58,70 @@ def typed(graph: bytes) -> tuple[onnx.GraphProto, dict[str, int]]:
     values = (*graph.value_info, *graph.input, *graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return graph, types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def test_whole_pixels_change_no_answer(wide):
+    """Borders included: SIZE is so small that every feature sees one."""
+    maps, scores = answers(keep_pixels_whole(wide))
+    expected_maps, expected_scores = answers(wide)
+
+    assert relative_difference(maps, expected_maps) < 1e-5
+    assert scores == pytest.approx(expected_scores, rel=1e-5)
+
+
+def test_the_first_convolution_sees_whole_numbers_that_bfloat16_holds(wide):
+    model = onnx.load_model_from_string(keep_pixels_whole(wide))
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    model.graph.output.append(
+        helper.make_tensor_value_info(first.input[0], FLOAT, ["free", 4, *SIZE])
+    )
+    extremes = np.stack([np.zeros((*SIZE, 3), np.uint8), np.full((*SIZE, 3), 255, np.uint8)])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    (seen,) = session.run([first.input[0]], {"image": extremes})
+
+    assert (seen == np.round(seen)).all() and np.abs(seen).max() <= 256
+    assert (seen[:, 3] == 1).all()
+    assert (seen[1] - seen[0])[:3].min() == (seen[1] - seen[0])[:3].max() == 255
+
+
+def test_whole_pixels_are_what_bfloat16_needs(wide):
+    """Rounding what the first convolution is given, as bfloat16 does, changes nothing then."""
+
+    def rounded(graph: bytes) -> np.ndarray:
+        model = onnx.load_model_from_string(graph)
+        first = next(node for node in model.graph.node if node.op_type == "Conv")
+        place = list(model.graph.node).index(first)
+        given = first.input[0]
+        casts = [
+            helper.make_node("Cast", [given], ["coarse"], to=TensorProto.BFLOAT16),
+            helper.make_node("Cast", ["coarse"], ["wide"], to=FLOAT),
+        ]
+        first.input[0] = "wide"
+        for cast in reversed(casts):
+            model.graph.node.insert(place, cast)
+        return answers(model.SerializeToString())[0]
+
+    whole = keep_pixels_whole(wide)
+
+    assert np.array_equal(rounded(whole), answers(whole)[0])
+    assert relative_difference(rounded(wide), answers(wide)[0]) > 1e-5
+
+
+def test_a_graph_that_begins_otherwise_is_left_as_it_is():
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["levels"], to=FLOAT),
+            helper.make_node("Conv", ["levels", "weights"], ["anomaly_map"]),
+        ],
+        "other",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("anomaly_map", FLOAT, ["n", 1, 8, 8])],
+        [numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weights")],
+    )
+    other = helper.make_model(graph).SerializeToString()
+
+    assert keep_pixels_whole(other) == other
 
 
 def test_convolutions_are_float16_and_normalisation_cosine_and_map_float32(narrow):

@@ -38,6 +38,7 @@ from training.precision import (
     FloatType,
     compute_in_float16,
     halve_weights,
+    keep_pixels_whole,
     round_activations,
 )
 
@@ -154,7 +155,7 @@ def write_bundle(
     Raises TrainingError where the graph's answers differ from the network's by more than
     PARITY_LIMIT, or float16 changes scores by more than ROUNDING_LIMIT or can't hold the numbers.
     """
-    exact = to_onnx(scorer, image_size)
+    exact = keep_pixels_whole(to_onnx(scorer, image_size))
     parity = check_parity(exact, scorer, pixels[:5])
     graph = as_computed = exact
     if precision == "float16":
