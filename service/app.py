@@ -62,6 +62,7 @@ Deadline = Annotated[
     Header(
         alias="X-Request-Timeout-Ms",
         ge=1,
+        le=86_400_000,
         description="answer within these milliseconds or not at all; the service's own deadline "
         "stays in force",
     ),

@@ -2,8 +2,8 @@
 
 Whatever waits when the device becomes free is its next batch: a lone image goes at once, and under
 load batches grow by themselves. The device's thread takes the next batch itself, so that a busy
-event loop doesn't keep the device waiting. Waiting images whose caller left or timed out never
-reach the device; a batch that fails answers every caller in it, and the next one still runs.
+event loop doesn't keep the device waiting. Images whose caller left or timed out are taken out of
+the queue; a batch that fails answers every caller in it, and the next one still runs.
 """
 
 import asyncio
@@ -88,10 +88,10 @@ class Batcher:
         loop = asyncio.get_running_loop()
         waiter = _Waiter(image, loop.create_future())
         with self._lock:
-            self._waiting.append(waiter)
             if not self._scheduled:
+                self._device_thread.submit(self._run_next, loop)  # it waits for the lock
                 self._scheduled = True
-                self._device_thread.submit(self._run_next, loop)
+            self._waiting.append(waiter)
         try:
             return await waiter.answer
         finally:
@@ -104,17 +104,19 @@ class Batcher:
         with self._lock:
             count = self._batch_size(len(self._waiting)) if self._waiting else 0
             batch = [self._waiting.popleft() for _ in range(count)]
-        if batch:
-            self._on_batch(len(batch))
-            loop.call_soon_threadsafe(_answer, batch, self._score(batch))
-        with self._lock:
-            self._scheduled = bool(self._waiting)
-            if self._scheduled:
-                self._device_thread.submit(self._run_next, loop)
+        try:
+            if batch:
+                loop.call_soon_threadsafe(_answer, batch, self._score(batch))
+        finally:
+            with self._lock:
+                self._scheduled = bool(self._waiting)
+                if self._scheduled:
+                    self._device_thread.submit(self._run_next, loop)
 
     def _score(self, batch: list[_Waiter]) -> list[Answer] | Exception:
         started = time.perf_counter()
         try:
+            self._on_batch(len(batch))
             predictions = self._run(np.stack([waiter.image for waiter in batch]))
             infer_s = time.perf_counter() - started
             return [

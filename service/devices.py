@@ -71,15 +71,17 @@ def open_session(
         return OpenVinoSession(graph, precision, threads, max_batch_size)
     if device == "cpu":
         return CpuSession(graph, precision, threads, max_batch_size)
-    if CUDA in ort.get_available_providers():
+    if CUDA in ort.get_available_providers() and precision != "bfloat16":
         try:
             return CudaSession(graph, precision, max_batch_size)
         except DeviceUnavailable as error:
-            log.warning("no CUDA device, using the CPU: %s", error)
+            log.warning("not using CUDA: %s", error)
     if precision in ("auto", "bfloat16") and has_openvino():
         try:
             return OpenVinoSession(graph, "bfloat16", threads, max_batch_size)
         except DeviceUnavailable as error:
+            if precision == "bfloat16":
+                raise
             log.info("not using OpenVINO: %s", error)
     return CpuSession(graph, precision, threads, max_batch_size)
 
@@ -125,7 +127,11 @@ class CpuSession:
 
 
 class OpenVinoSession:
-    """OpenVINO on the CPU; in bfloat16 where the CPU has instructions for it (AMX, AVX-512)."""
+    """OpenVINO on the CPU; in bfloat16 where the CPU has instructions for it (AMX, AVX-512).
+
+    Eight bits are too few for 1 - cosine: the network up to the features that are compared is one
+    stage in bfloat16, cosines, map and score are another in float32.
+    """
 
     device, provider, pads = "openvino", "OpenVINO", False
 
@@ -137,11 +143,6 @@ class OpenVinoSession:
         max_batch_size: int = 0,
     ) -> None:
         openvino = import_openvino()
-        core = openvino.Core()
-        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        offered = ("bfloat16", "float32") if native else ("float32",)
-        _check_precision(self.device, precision, offered)
-        self.precision = offered[0] if precision == "auto" else precision
         self.batch_sizes = batch_sizes(max_batch_size or MAX_BATCH_SIZE)
         options = {
             "INFERENCE_NUM_THREADS": threads or cores.available(),
@@ -149,11 +150,22 @@ class OpenVinoSession:
             "ENABLE_CPU_PINNING": False,  # decoding shares the cores
         }
         try:
+            core = openvino.Core()
+            native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             model = core.read_model(graph, b"")
             self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
+            features = _features(model.get_ordered_ops())
+        except Exception as error:  # as in CpuSession
+            raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
+        # Where no cosines are found, bfloat16 would be in them as well.
+        offered = ("bfloat16", "float32") if native and features else ("float32",)
+        _check_precision(self.device, precision, offered)
+        self.precision = offered[0] if precision == "auto" else precision
+        try:
             stages = [(model, "f32")]
             if self.precision == "bfloat16":
-                stages = _split_at_cosines(openvino, model)
+                network, cosines = _cut(openvino, model, features)
+                stages = [(network, "bf16"), (cosines, "f32")]
             self._requests = [
                 core.compile_model(
                     stage, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}
@@ -225,7 +237,10 @@ class CudaSession:
         self.precision = stored if precision == "auto" else precision
         self._session = session
         self.batch_sizes = batch_sizes(max_batch_size or MAX_CUDA_BATCH_SIZE)
-        self._batches = BoundBatches(session, "cuda", self.batch_sizes)
+        try:
+            self._batches = BoundBatches(session, "cuda", self.batch_sizes)
+        except Exception as error:  # as in CpuSession
+            raise DeviceUnavailable(f"device cuda has no room for batches: {error}") from error
 
     @property
     def ports(self) -> tuple[Ports, Ports]:
@@ -334,18 +349,9 @@ def _openvino_ports(ports: Any) -> Ports:
     ]
 
 
-def _split_at_cosines(openvino: Any, model: Any) -> list[tuple[Any, str]]:
-    """[image -> features in bfloat16, features -> map and score in float32]: eight bits are too
-    few for 1 - cosine. The model as it is where it has no cosines; else it is taken apart."""
-    features = _features(model.get_ordered_ops())
-    if not features:
-        return [(model, "bf16")]
-    network, cosines = _cut(openvino, model, features)
-    return [(network, "bf16"), (cosines, "f32")]
-
-
 def _features(nodes: list[Any]) -> list[Any]:
-    """The outputs (N, channels, h, w) that are multiplied and then summed over channels."""
+    """The outputs (N, channels, h, w) that are multiplied and then summed over channels: what goes
+    into cosines, those of gated skips included."""
     found: dict[tuple[str, int], Any] = {}
     for node in nodes:
         product = node.input_value(0).get_node() if node.get_type_name() == "ReduceSum" else None
@@ -367,6 +373,7 @@ def _cut(openvino: Any, model: Any, outputs: list[Any]) -> tuple[Any, Any]:
             before.add(node.get_name())
             pending += [value.get_node() for value in node.input_values()]
     parameters = []
+    outputs = [output for output in outputs if _users(output) - before]
     for output in outputs:
         shape, dtype = output.get_partial_shape(), output.get_element_type()
         parameters.append(openvino.opset13.parameter(shape, dtype))
@@ -382,6 +389,10 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def _users(output: Any) -> set[str]:
+    return {port.get_node().get_name() for port in output.get_target_inputs()}
+
+
 def import_openvino() -> Any:
     if not has_openvino():
         raise DeviceUnavailable(
@@ -390,6 +401,8 @@ def import_openvino() -> Any:
         )
     # Its import would tell a web analytics service; without this package it has nobody to tell.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
+    try:
+        import openvino
+    except ImportError as error:
+        raise DeviceUnavailable(f"OpenVINO can't be loaded: {error}") from error
     return openvino

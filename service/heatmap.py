@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from service.errors import InvalidParameter
+
 Render = Literal["none", "heatmap", "overlay", "mask"]
 MediaType = Literal["image/png", "image/jpeg"]
 # What each can be had as; the first is the default.
@@ -44,6 +46,7 @@ _KEEP = np.rint(255 * (1 - _OPACITY)).astype(np.uint8)
 _ADD = np.rint(LUT[:, ::-1] * _OPACITY).astype(np.uint8)[:, None]  # as applyColorMap takes it
 _STRIP = 64  # rows, so that a strip's arrays stay in the processor's cache
 _JPEG_QUALITY = 90
+_JPEG_SIDE = 65_500  # what libjpeg writes
 
 
 def levels(anomaly_map: np.ndarray, threshold: float) -> np.ndarray:
@@ -74,7 +77,8 @@ def overlay(
     """The image (H, W, 3) with the heatmap over it, clear below half the threshold.
 
     Smooth between the map's places, yet warm exactly where `enlarged_mask` is true. A JPEG, which
-    is made to look at; lossless as PNG in about twenty times the time.
+    is made to look at; lossless as PNG in many times the time. Raises InvalidParameter for a JPEG
+    that would be too large for the format.
     """
     size = (pixels.shape[0], pixels.shape[1])
     smooth = cv2.resize(levels(anomaly_map, threshold), size[::-1])
@@ -91,6 +95,11 @@ def overlay(
         cv2.add(strip, cv2.applyColorMap(index, _ADD), dst=blended[rows])
     if media_type == "image/png":
         return _encode(".png", blended, cv2.IMWRITE_PNG_COMPRESSION, 1)
+    if max(size) > _JPEG_SIDE:
+        raise InvalidParameter(
+            f"render=overlay: a JPEG has at most {_JPEG_SIDE} pixels a side, the image has "
+            f"{size[1]}x{size[0]}; Accept: image/png gives it, or ask for the mask"
+        )
     return _encode(".jpg", blended, cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY)
 
 

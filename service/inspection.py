@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -272,9 +273,9 @@ class Inspector:
 
         async def score_one(number: int, name: str, data: bytes) -> None:
             try:
-                decoded, pixels_sha256 = await self._on_worker(
-                    lambda: self._decode_sample(data, model)
-                )
+                decoding = self._on_worker(partial(self._decode_sample, data, model))
+                del data  # up to MAX_IMAGE_BYTES; not to be kept while its image waits
+                decoded, pixels_sha256 = await decoding
                 answer = await model.batcher.submit(decoded.resized)
                 sample = Sample(name, decoded.sha256, answer.prediction.score)
                 scored[number] = _Scored(sample, pixels_sha256)

@@ -15,6 +15,7 @@ from service.errors import (
     BundleError,
     DeviceUnavailable,
     DigestMismatch,
+    InferenceFailed,
     InvalidParameter,
     NotReady,
     UnknownModel,
@@ -64,7 +65,8 @@ class Registry:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._models: dict[tuple[str, int], Model] = {}
         self._newest: dict[str, int] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        # One at a time: warming up, CUDA records, which memory for another model would spoil.
+        self._loading = asyncio.Lock()
         for name in bundles.names(settings.models):
             self._newest[name] = bundles.versions(settings.models, name)[-1]
             self._models[name, self._newest[name]] = self._load(name, self._newest[name])
@@ -124,7 +126,7 @@ class Registry:
         versions = await asyncio.to_thread(self.versions, name)
         if version not in versions:
             raise UnknownModel(f"model {name!r} has no version {version}; there are {versions}")
-        async with self._loading.setdefault(name, asyncio.Lock()):
+        async with self._loading:
             if key in self._models:
                 return self._models[key]
             try:
@@ -160,7 +162,10 @@ class Registry:
             )
         except BundleError as error:
             raise BundleError(f"{bundle.folder}: {error}") from error
-        self._device_thread.submit(detector.warm_up).result()
+        try:
+            self._device_thread.submit(detector.warm_up).result()
+        except InferenceFailed as error:  # no room on the device, most likely
+            raise DeviceUnavailable(f"{bundle.folder}: {error}") from error
         active = self._store.active(Graph(name, version, bundle.digest))
         batcher = Batcher(
             detector.run,

@@ -105,7 +105,10 @@ async def parts(
     _, options = parse_options_header(request.headers.get("content-type"))
     if not (boundary := options.get(b"boundary")):
         raise InvalidForm("the Content-Type has no boundary")
-    reader = _FormReader(boundary, max_part_bytes)
+    try:
+        reader = _FormReader(boundary, max_part_bytes)
+    except FormParserError as error:
+        raise InvalidForm(f"the form's boundary can't be used: {error}") from None
     count = 0
     async for chunk in request.stream():
         for part in reader.read(chunk):

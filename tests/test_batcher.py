@@ -132,6 +132,38 @@ def test_an_unforeseen_exception_answers_every_waiter_too() -> None:
     asyncio.run(main())
 
 
+def test_an_observer_that_fails_is_a_failure_too_and_the_next_batch_runs() -> None:
+    async def main() -> None:
+        observed = iter([ZeroDivisionError("no counter")])
+
+        def observe(size: int) -> None:
+            for error in observed:
+                raise error
+
+        device = Device()
+        with ThreadPoolExecutor(1) as thread:
+            options: dict[str, Any] = {"batch_size": at_most(4), "max_queue": 4}
+            batcher = Batcher(device.run, thread, on_batch=observe, **options)
+            with pytest.raises(InferenceFailed, match="no counter"):
+                await asyncio.wait_for(batcher.submit(IMAGE), 10)
+            assert (await asyncio.wait_for(batcher.submit(IMAGE), 10)).prediction.score == 0
+
+    asyncio.run(main())
+
+
+def test_after_shutdown_every_caller_is_refused_and_none_waits() -> None:
+    async def main() -> None:
+        thread = ThreadPoolExecutor(1)
+        batcher = Batcher(Device().run, thread, batch_size=at_most(4), max_queue=4)
+        thread.shutdown()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="shutdown"):
+                await asyncio.wait_for(batcher.submit(IMAGE), 10)
+        assert batcher.waiting == 0
+
+    asyncio.run(main())
+
+
 def test_a_run_that_forgets_an_image_is_a_failure_and_nobody_waits_for_ever() -> None:
     async def main() -> None:
         with ThreadPoolExecutor(1) as thread:

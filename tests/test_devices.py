@@ -49,7 +49,7 @@ def test_auto_serves_on_every_machine() -> None:
 def test_auto_is_openvino_just_where_it_computes_bfloat16() -> None:
     fast = importlib.util.find_spec("openvino") is not None and has_bfloat16()
 
-    session = open_session(brightness_graph())
+    session = open_session(DEMO.read_bytes())
 
     assert (session.device, session.precision) == (
         ("openvino", "bfloat16") if fast else ("cpu", "float32")
@@ -57,15 +57,40 @@ def test_auto_is_openvino_just_where_it_computes_bfloat16() -> None:
 
 
 @needs_no_cuda
+def test_a_graph_without_cosines_is_never_computed_in_bfloat16() -> None:
+    """There would be nothing that stays in float32."""
+    assert open_session(brightness_graph()).device == "cpu"
+    if importlib.util.find_spec("openvino") is not None:
+        assert OpenVinoSession(brightness_graph()).precision == "float32"
+        with pytest.raises(DeviceUnavailable, match="bfloat16 was asked for"):
+            open_session(brightness_graph(), "auto", "bfloat16")
+
+
+@needs_no_cuda
+def test_an_openvino_that_is_broken_leaves_auto_to_onnx_runtime(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise DeviceUnavailable("OpenVINO can't be loaded: libtbb.so.12")
+
+    monkeypatch.setattr(devices, "has_openvino", lambda: True)
+    monkeypatch.setattr(devices, "import_openvino", broken)
+
+    assert open_session(DEMO.read_bytes()).device == "cpu"
+    with pytest.raises(DeviceUnavailable, match="libtbb"):
+        open_session(DEMO.read_bytes(), "auto", "bfloat16")
+
+
+@needs_no_cuda
 def test_auto_in_float32_is_onnx_runtime() -> None:
-    assert open_session(brightness_graph(), "auto", "float32").device == "cpu"
+    assert open_session(DEMO.read_bytes(), "auto", "float32").device == "cpu"
 
 
 @needs_no_cuda
 def test_auto_without_openvino_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_openvino", lambda: False)
 
-    assert open_session(brightness_graph()).provider == "CPUExecutionProvider"
+    assert open_session(DEMO.read_bytes()).provider == "CPUExecutionProvider"
     with pytest.raises(DeviceUnavailable, match="openvino was asked for, but .* not installed"):
         open_session(brightness_graph(), "openvino")
 
@@ -97,7 +122,7 @@ def test_openvino_in_bfloat16_gives_nearly_the_cpus_answer() -> None:
     session = OpenVinoSession(DEMO.read_bytes())
 
     assert session.precision == "bfloat16"
-    assert_same(session, noise, 3e-3)
+    assert_same(session, noise, 5e-3)
     assert (session.run(noise)[1].view(np.uint32) & 0xFFFF).all()  # no bfloat16 themselves
     scores = [session.run(noise[:count])[1][0] for count in (1, 2, 3)]
     assert len(set(scores)) == 1  # one image's score does not depend on who came with it

@@ -9,6 +9,7 @@ from conftest import SIZE, picture
 from PIL import Image
 
 from service import heatmap
+from service.errors import InvalidParameter
 
 THRESHOLD = 0.7
 MAP = np.linspace(0, 2, SIZE[0] * SIZE[1], dtype=np.float32).reshape(SIZE)
@@ -114,11 +115,22 @@ def test_a_lone_peak_is_warm_and_in_the_mask_at_every_size(
     assert np.array_equal(is_warm(overlay), mask)
 
 
-def test_an_overlay_is_the_same_in_one_strip_or_several() -> None:
+def test_an_image_too_large_for_a_jpeg_is_refused_with_the_limit() -> None:
+    long = np.zeros((20, 66_000, 3), np.uint8)
+
+    with pytest.raises(InvalidParameter, match="65500 pixels a side, the image has 66000x20"):
+        heatmap.overlay(MAP, THRESHOLD, long)
+    assert heatmap.overlay(MAP, THRESHOLD, long, "image/png")
+
+
+def test_an_overlay_is_the_same_in_one_strip_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (700, 90, 3), np.uint8)
 
+    strips = heatmap.overlay(MAP, THRESHOLD, photo, "image/png")
+    monkeypatch.setattr(heatmap, "_STRIP", 10**6)
     whole = pixels_of(heatmap.overlay(MAP, THRESHOLD, photo, "image/png"))
 
+    assert np.array_equal(pixels_of(strips), whole)
     smooth = cv2.resize(MAP, (90, 700), interpolation=cv2.INTER_LINEAR)
     cold = (smooth < 0.45 * THRESHOLD) & ~heatmap.enlarged_mask(MAP, THRESHOLD, (700, 90))
     assert cold.sum() > 1000

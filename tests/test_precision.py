@@ -1,5 +1,7 @@
 """float32 graphs in float16: what is narrow and what stays wide, and that overflow is seen."""
 
+import importlib.util
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -8,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from training_fixtures import normal_picture, randomise
 
 from service.detector import Detector
+from service.devices import OpenVinoSession
 from service.errors import InferenceFailed
 from training.export import Scorer, relative_difference, to_onnx
 from training.model import AnomalyMap, ReverseDistillation
@@ -58,6 +61,25 @@ def typed(graph: bytes) -> tuple[onnx.GraphProto, dict[str, int]]:
     values = (*graph.value_info, *graph.input, *graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return graph, types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def test_openvino_keeps_the_cosines_out_of_bfloat16(wide):
+    """Those of the map: the gates', which only weigh skips, lie within the network."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
+    session = OpenVinoSession(keep_pixels_whole(wide))
+    if session.precision != "bfloat16":
+        pytest.skip("this CPU has no bfloat16")
+    network, cosines = session._requests
+    assert len(cosines.model_inputs) == len(network.model_outputs) == 6
+    for port in cosines.model_inputs:
+        assert len(port.partial_shape) == 4
+
+    maps, scores = session.run(pictures())
+
+    expected_maps, expected_scores = answers(wide)
+    assert scores == pytest.approx(expected_scores, rel=1e-2)
+    assert relative_difference(maps, expected_maps) < 1e-2
 
 
 def test_whole_pixels_change_no_answer(wide):

@@ -128,6 +128,18 @@ def test_a_form_without_a_boundary_is_refused() -> None:
         asyncio.run(collected(uploads.images(request, 9, 10)))
 
 
+def test_a_boundary_that_is_too_long_is_refused() -> None:
+    headers = {"content-type": f"multipart/form-data; boundary={'x' * 300}"}
+    with pytest.raises(InvalidForm, match="boundary can't be used"):
+        asyncio.run(collected(uploads.images(request_of([b"x"], headers), 9, 10)))
+
+
+def test_a_header_without_an_end_is_refused_before_it_fills_the_memory() -> None:
+    body = b"--%s\r\nContent-Disposition: %s" % (BOUNDARY, b"x" * 1_000_000)
+    with pytest.raises(InvalidForm, match="malformed"):
+        images_of(cut(body, 65_536))
+
+
 def test_fields_that_are_no_files_are_refused_by_name() -> None:
     with pytest.raises(InvalidParameter, match="'note'"):
         images_of([form(field(b"x"), field(b"lot 17", "note", None))])
