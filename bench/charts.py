@@ -1,0 +1,81 @@
+"""Lines over a parameter -> an SVG file: images/s on the left, p99 on the right."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from training.charts import Axis, axis_over
+
+WIDTH, HEIGHT = 300, 200  # of a panel
+LEFT, TOP, GAP, BOTTOM = 60, 34, 80, 44
+COLOURS = ("#0b6e99", "#d9730d", "#6940a5", "#448361", "#9f6b53", "#c14c8a")
+
+Point = tuple[float, float, float]  # parameter, images/s, p99 in ms
+
+
+def lines(title: str, parameter: str, series: Mapping[str, Sequence[Point]]) -> str:
+    """Both panels over one logarithmic parameter; a colour and a name for each series."""
+    xs = np.array([point[0] for points in series.values() for point in points])
+    x = Axis(float(xs.min()) / 1.1, float(xs.max()) * 1.1, log=True)
+    width, height = 2 * (LEFT + WIDTH) + GAP, TOP + HEIGHT + BOTTOM + 18
+    panels = "".join(
+        _panel(LEFT + number * (WIDTH + GAP + LEFT // 2), number + 1, label, parameter, x, series)
+        for number, label in enumerate(("images/s", "p99, ms"))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11" fill="#333">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n'
+        f'<text x="{LEFT}" y="16" font-size="13">{escape(title)}</text>\n'
+        f"{panels}{_legend(series, height - 8)}</svg>\n"
+    )
+
+
+def _panel(
+    left: int,
+    column: int,
+    label: str,
+    parameter: str,
+    x: Axis,
+    series: Mapping[str, Sequence[Point]],
+) -> str:
+    values = np.array([point[column] for points in series.values() for point in points])
+    y = axis_over(values)
+    if not y.log:  # from nothing on, so that heights compare
+        y = Axis(0.0, float(values.max()) * 1.05)
+    drawn = [
+        f'<text x="{left}" y="{TOP - 6}">{label}</text>',
+        f'<text x="{left + WIDTH}" y="{TOP + HEIGHT + 32}" text-anchor="end">{parameter}</text>',
+    ]
+    for place, text in y.ticks():
+        height = TOP + HEIGHT * (1 - place)
+        drawn.append(f'<path d="M{left} {height:.1f}h{WIDTH}" stroke="#ddd"/>')
+        drawn.append(f'<text x="{left - 6}" y="{height + 4:.1f}" text-anchor="end">{text}</text>')
+    for value in sorted({point[0] for points in series.values() for point in points}):
+        place = left + WIDTH * float(x.at(value))
+        drawn.append(
+            f'<text x="{place:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{value:g}</text>'
+        )
+    for colour, points in zip(COLOURS, series.values(), strict=False):
+        places = [
+            (left + WIDTH * float(x.at(p[0])), TOP + HEIGHT * (1 - float(y.at(p[column]))))
+            for p in sorted(points)
+        ]
+        joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+        drawn.append(
+            f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        drawn += [
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in places
+        ]
+    return "\n".join(drawn) + "\n"
+
+
+def _legend(series: Mapping[str, Sequence[Point]], y: int) -> str:
+    drawn, x = [], LEFT
+    for colour, name in zip(COLOURS, series, strict=False):
+        drawn.append(f'<rect x="{x}" y="{y - 8}" width="10" height="8" fill="{colour}"/>')
+        drawn.append(f'<text x="{x + 14}" y="{y}">{escape(name)}</text>')
+        x += 30 + 7 * len(name)
+    return "\n".join(drawn) + "\n"
