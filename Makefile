@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test lint format demo demo-model constraints clean
+.PHONY: help serve install test lint format demo demo-model bench bench-peers constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -78,9 +78,29 @@ demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew,
 	  --embedding-planes 256 --epochs 20 --precision bfloat16
 	$(TRAINING) export --name demo --weights float16
 
+# What the service is measured beside: each in an environment of its own, with the service's pixels.
+PEERS = litserve ray bentoml anomalib
+
+bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (16 minutes)
+	.venv/bin/python -m bench.serving --out bench/results/serving
+
+bench-peers: $(PEERS:%=runs/bench/env/%/installed)  ## install the peers to measure beside (7 GB)
+
+runs/bench/env/%/installed: bench/peers/%.txt .venv/bin/uv
+	@echo "installing $* into runs/bench/env/$*"
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python runs/bench/env/$*
+	.venv/bin/uv pip install --quiet --python runs/bench/env/$*/bin/python --requirements bench/peers/$*.txt
+	.venv/bin/uv pip install --quiet --python runs/bench/env/$*/bin/python --no-deps --editable .
+	@touch $@
+
+PIN = .venv/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --python-version 3.11
+# Peers decode and run the graph with the very versions that the service does.
+SHARED = numpy|onnxruntime|opencv-python-headless|pillow
+
 constraints: .venv/bin/uv  ## pin the newest versions that pyproject.toml allows
-	.venv/bin/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url \
-	  --python-version 3.11 --extra cpu --extra gpu --extra training --extra dev pyproject.toml -o constraints.txt
+	$(PIN) --universal --extra cpu --extra gpu --extra training --extra dev pyproject.toml -o constraints.txt
+	for peer in litserve 'ray[serve]' 'bentoml>=1.4' 'anomalib[openvino]'; do \
+	  (echo "$$peer"; grep -E '^($(SHARED))==' constraints.txt) | $(PIN) - -o bench/peers/$${peer%%[[>]*}.txt; done
 
 clean:  ## remove .venv and what tests and demos left
 	rm -rf .venv runs state .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ median over rounds, the least and the most.
 """
 
 import json
+import operator
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,6 +21,17 @@ from training import files
 Row = dict[str, Any]
 MOST = 32  # clients
 EVERY = (1, 4, 8, MOST)
+FIGURES = (
+    *("images_per_s", "p50_ms", "p95_ms", "p99_ms"),
+    *("load_cores", "server_cores", "server_mb"),
+)
+SCALED = {"size": "side", "batch": "batch", "models": "models"}  # part: what grows in it
+CLOSED_PLAIN = ("closed", "none")  # loop and render of what is plotted against clients
+PLOTTED = {  # part: title and what the axis says
+    "size": ("light, square JPEGs, 8 clients", "side of the picture, pixels"),
+    "batch": ("resnet18, 32 clients", "largest batch"),
+    "models": ("resnet18, 8 clients over all models in turn", "models loaded"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +52,23 @@ class Found:
 @dataclass(frozen=True)
 class Goal:
     name: str
-    limit: float
-    at_least: bool  # or at most
     found: Found | None  # None: not measured
+    at_least: float | None = None
+    at_most: float | None = None
     unit: str = ""
+
+    @property
+    def wanted(self) -> str:
+        if self.at_least is not None:
+            return f">= {self.at_least:g}{self.unit}"
+        return f"<= {self.at_most:g}{self.unit}"
 
     @property
     def met(self) -> bool:
         assert self.found
-        return (self.found.median >= self.limit) == self.at_least or (
-            self.found.median == self.limit
+        median = self.found.median
+        return (self.at_least is None or median >= self.at_least) and (
+            self.at_most is None or median <= self.at_most
         )
 
 
@@ -75,9 +94,7 @@ def brief(row: Row) -> str:
 def by_round(rows: Sequence[Row], part: str, value: str, **cell: Any) -> dict[int, float]:
     """A value of the rows with this cell, by round; none where nothing was answered."""
     wanted = {"part": part, **cell}.items()
-    return {
-        row["round"]: row[value] for row in rows if wanted <= row.items() and row[value] is not None
-    }
+    return {row["round"]: row[value] for row in rows if wanted <= row.items() and row[value]}
 
 
 def compared(
@@ -85,7 +102,7 @@ def compared(
     value: str,
     server: str,
     others: Sequence[str],
-    of: Callable[[float, float], float] = lambda ours, theirs: ours / theirs,
+    of: Callable[[float, float], float] = operator.truediv,
     best: Callable[..., float] = max,
     **cell: Any,
 ) -> Found | None:
@@ -114,81 +131,72 @@ def worst_p99(rows: Sequence[Row], server: str, graph: str) -> Found | None:
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """All of them; what the rows don't hold has no figure."""
-    most: Row = {"loop": "closed", "clients": MOST, "render": "none"}
-    alone: Row = {"loop": "closed", "clients": 1, "render": "none"}
     same = "ours-cpu" if any(row["server"] == "ours-cpu" for row in rows) else "ours"
-
-    def throughput(server: str, others: Sequence[str], graph: str) -> Found | None:
-        return compared(rows, "images_per_s", server, others, graph=graph, **most)
-
-    listed = []
-    for graph in ("light", "resnet18"):
-        listed += [
-            Goal(
-                f"{graph}: images/s over the bare engine's, {MOST} clients",
-                *(0.95, True),
-                throughput("ours", ["engine"], graph),
-            ),
-            Goal(
-                f"{graph}: one client's p50 beyond the engine's",
-                *(3.0, False),
-                compared(
-                    rows,
-                    "p50_ms",
-                    "ours",
-                    ["engine"],
-                    lambda ours, engine: ours - engine,
-                    graph=graph,
-                    **alone,
-                ),
-                " ms",
-            ),
-        ]
-    listed += [
+    starts = by_round(rows, "start", "ready_s", server="ours", graph="resnet18")
+    memory = [row["resident_mb"] for row in rows if row["part"] == "memory"]
+    return [
+        *(goal for graph in ("light", "resnet18") for goal in _engine_goals(rows, graph)),
         Goal(
             f"light: images/s over the best peer's, {MOST} clients",
-            *(1.5, True),
-            throughput("ours", PEERS, "light"),
+            _throughput(rows, "ours", PEERS, "light"),
+            at_least=1.5,
         ),
         Goal(
-            f"resnet18: the same, our device the peers' provider, {MOST} clients",
-            *(1.0, True),
-            throughput(same, PEERS, "resnet18"),
+            f"resnet18: the same, ours on the peers' provider, {MOST} clients",
+            _throughput(rows, same, PEERS, "resnet18"),
+            at_least=1.0,
         ),
         Goal(
-            f"resnet18: the same, our device as it chooses, {MOST} clients",
-            *(2.0, True),
-            throughput("ours", PEERS, "resnet18"),
+            f"resnet18: the same, ours on the device that it chooses, {MOST} clients",
+            _throughput(rows, "ours", PEERS, "resnet18"),
+            at_least=2.0,
         ),
         Goal(
             "light: p99 over the best peer's, worst load",
-            *(1.0, False),
             worst_p99(rows, "ours", "light"),
+            at_most=1.0,
         ),
         Goal(
             "resnet18: p99 over the best peer's, worst load",
-            *(1.0, False),
             worst_p99(rows, same, "resnet18"),
+            at_most=1.0,
         ),
-    ]
-    starts = by_round(rows, "start", "ready_s", server="ours", graph="resnet18")
-    listed.append(
         Goal(
             "start to first answer, demo bundle",
-            *(5.0, False),
             Found([*starts.values()]) if starts else None,
-            " s",
-        )
-    )
-    memory = [row["resident_mb"] for row in rows if row["part"] == "memory"]
-    listed.append(
+            at_most=5.0,
+            unit=" s",
+        ),
         Goal(
             "resident memory after 10,000 over that after 1,000 mixed requests",
-            *(1.05, False),
             Found([resident[-1] / resident[0] for resident in memory]) if memory else None,
-        )
-    )
-    return listed
+            at_most=1.05,
+        ),
+    ]
+
+
+def _engine_goals(rows: Sequence[Row], graph: str) -> list[Goal]:
+    alone: Row = {"loop": "closed", "clients": 1, "render": "none", "graph": graph}
+    return [
+        Goal(
+            f"{graph}: images/s over the bare engine's, {MOST} clients",
+            _throughput(rows, "ours", ["engine"], graph),
+            at_least=0.95,
+        ),
+        Goal(
+            f"{graph}: one client's p50 beyond the engine's",
+            compared(rows, "p50_ms", "ours", ["engine"], operator.sub, **alone),
+            at_most=3.0,
+            unit=" ms",
+        ),
+    ]
+
+
+def _throughput(
+    rows: Sequence[Row], server: str, others: Sequence[str], graph: str
+) -> Found | None:
+    most: Row = {"loop": "closed", "clients": MOST, "render": "none", "graph": graph}
+    return compared(rows, "images_per_s", server, others, **most)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -208,7 +216,7 @@ def _goals_table(rows: Sequence[Row]) -> str:
     body = [
         [
             goal.name,
-            f"{'>=' if goal.at_least else '<='} {goal.limit:g}{goal.unit}",
+            goal.wanted,
             goal.found.text(goal.unit),
             "yes" if goal.met else "**no**",
         ]
@@ -225,7 +233,6 @@ def _load_table(rows: Sequence[Row]) -> str:
         if row["part"] == "load":
             key = (row["graph"], row["render"], row["loop"], row["clients"], row["server"])
             cells.setdefault(key, []).append(row)
-
     body = [
         [
             f"{graph}, {render}",
@@ -236,18 +243,12 @@ def _load_table(rows: Sequence[Row]) -> str:
             f"`{found[0]['command']}`",
         ]
         for (graph, render, loop, clients, server), found in sorted(
-            cells.items(), key=lambda item: (item[0][:4], item[0][4] not in ("ours", "ours-cpu"))
+            cells.items(), key=lambda cell: cell[0][:4]
         )
     ]
     head = ["graph, render", "load", "server", "images/s", "p50 ms", "p95 ms", "p99 ms"]
     head += ["generator, cores", "server, cores", "server, MB", "errors", "again"]
     return _table(head, body)
-
-
-FIGURES = (
-    *("images_per_s", "p50_ms", "p95_ms", "p99_ms"),
-    *("load_cores", "server_cores", "server_mb"),
-)
 
 
 def _figure(rows: Sequence[Row], key: str) -> str:
@@ -270,9 +271,6 @@ def _scaling_table(rows: Sequence[Row]) -> str:
     return _table(["ours", "images/s", "p50 ms", "p99 ms", "server, MB", "again"], body)
 
 
-SCALED = {"size": "side", "batch": "batch", "models": "models"}
-
-
 def _anomalib_table(rows: Sequence[Row]) -> str:
     body = [
         [
@@ -287,49 +285,41 @@ def _anomalib_table(rows: Sequence[Row]) -> str:
 
 
 def plots(rows: Sequence[Row]) -> dict[str, str]:
-    """SVG by file name, of what was measured at more than one place."""
+    """SVG by file name, of every part and graph that was measured."""
     drawn = {}
-    for graph in ("light", "resnet18", "wide-resnet50"):
-        series: dict[str, dict[float, list[Row]]] = {}
-        for row in rows:
-            wanted = row["part"] == "load" and row["loop"] == "closed" and row["render"] == "none"
-            if wanted and row["graph"] == graph:
-                series.setdefault(row["server"], {}).setdefault(row["clients"], []).append(row)
-        if series:
-            title = f"{graph}, {SIDE_TEXT}"
-            drawn[f"clients-{graph}.svg"] = charts.lines(title, "clients", _points(series))
-    for part, (title, label) in PLOTTED.items():
-        found: dict[float, list[Row]] = {}
-        for row in rows:
-            if row["part"] == part:
-                found.setdefault(row[SCALED[part]], []).append(row)
-        if found:
-            drawn[f"{part}.svg"] = charts.lines(title, label, _points({"ours": found}))
+    closed = [r for r in rows if r["part"] == "load" and (r["loop"], r["render"]) == CLOSED_PLAIN]
+    for graph, found in _grouped(closed, "graph").items():
+        series = {
+            name: _points(mine, "clients") for name, mine in _grouped(found, "server").items()
+        }
+        title = f"{graph}, 512 x 512 JPEG in, JSON without heatmap out"
+        drawn[f"clients-{graph}.svg"] = charts.lines(title, "clients", series)
+    for part, found in _grouped(rows, "part").items():
+        if part in PLOTTED:
+            title, label = PLOTTED[part]
+            series = {"ours": _points(found, SCALED[part])}
+            drawn[f"{part}.svg"] = charts.lines(title, label, series)
     return drawn
 
 
-SIDE_TEXT = "512 x 512 JPEG in, JSON without heatmap out"
-PLOTTED = {
-    "size": ("light graph, 8 clients, square JPEGs", "side of the picture, pixels"),
-    "batch": ("resnet18, 32 clients", "largest batch"),
-    "models": ("resnet18, 8 clients over all models in turn", "models loaded"),
-}
+def _grouped(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
-def _points(series: dict[str, dict[float, list[Row]]]) -> dict[str, list[charts.Point]]:
+def _points(rows: Sequence[Row], parameter: str) -> list[charts.Point]:
     """Medians over rounds, where something was answered."""
-    return {
-        name: [
-            (
-                x,
-                statistics.median(row["images_per_s"] for row in rows),
-                statistics.median(row["p99_ms"] for row in rows),
-            )
-            for x, rows in of.items()
-            if all(row["p99_ms"] is not None for row in rows)
-        ]
-        for name, of in series.items()
-    }
+    return [
+        (
+            place,
+            statistics.median(row["images_per_s"] for row in there),
+            statistics.median(row["p99_ms"] for row in there),
+        )
+        for place, there in _grouped(rows, parameter).items()
+        if all(row["p99_ms"] is not None for row in there)
+    ]
 
 
 def write(folder: Path, rows: Sequence[Row]) -> None:

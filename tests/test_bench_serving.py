@@ -1,0 +1,176 @@
+"""The measurement side by side: rows, what repeats them, and that everybody answers the same."""
+
+import base64
+import http.client
+import io
+import json
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import graphs, processes, report, servers, serving
+from bench.load import picture_request
+from bench.servers import KINDS, PEERS, Server
+from service import heatmap, image
+from service.bundle import Bundle
+from service.detector import Detector
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--seconds", "0.2", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # as make is
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+def measured(folder: Path, *flags: str) -> list[report.Row]:
+    out = folder / "out"
+    assert serving.main([*SMALL, "--folder", str(folder), "--out", str(out), *flags]) == 0
+    assert (out / "table.md").is_file()
+    rows: list[report.Row] = json.loads((out / "rows.json").read_text())["rows"]
+    return rows
+
+
+def test_ours_and_the_engine_are_asked_the_same(folder):
+    flags = ["--part", "load", "--only", "ours", "engine", "--graph", "light"]
+    rows = measured(folder, *flags, "--clients", "1", "32")
+    found = {(r["server"], r.get("render"), r.get("loop"), r.get("clients")) for r in rows}
+    asked = [("none", "closed", 1), ("none", "closed", 32), ("none", "open", 32)]
+    asked += [("heatmap", loop, clients) for _, loop, clients in asked]
+    assert found == {("ours", None, None, None), *(("ours", *each) for each in asked)} | {
+        ("engine", "none", "closed", 1),
+        ("engine", "none", "closed", 32),
+    }
+    loads = [row for row in rows if row["part"] == "load"]
+    assert all(row["images_per_s"] > 0 and not row["errors"] for row in loads)
+    assert next(row for row in rows if row["part"] == "start")["ready_s"] > 0
+
+
+def test_the_command_of_a_row_measures_that_row_alone(folder):
+    rows = measured(
+        folder,
+        *("--part", "load", "--only", "ours", "--graph", "light"),
+        *("--render", "heatmap", "--clients", "4"),
+    )
+    load = rows[-1]
+    assert (load["render"], load["clients"]) == ("heatmap", 4)
+    words = shlex.split(load["command"])
+    assert words[:3] == ["python", "-m", "bench.serving"]
+    again = measured(folder, *words[3:])
+    same = ("part", "server", "graph", "render", "loop", "clients", "round", "command")
+    assert [[row.get(key) for key in same] for row in again] == [
+        [row.get(key) for key in same] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("part, places", [("size", serving.SIDES), ("models", (1, 2))])
+def test_growth_is_measured_at_every_place(folder, monkeypatch, part, places):
+    monkeypatch.setattr(serving, "SIDES", places[:2])
+    monkeypatch.setattr(serving, "MODELS", places)
+    monkeypatch.setitem(serving.SECONDS, "resnet18", 0.2)
+    rows = measured(folder, "--part", part)
+    assert [row[report.SCALED[part]] for row in rows] == list(places[:2])
+    assert all(row["answered"] > 0 and not row["errors"] for row in rows)
+    assert (folder / "out" / f"{part}.svg").is_file()
+
+
+def test_memory_is_told_after_every_thousand_mixed_requests(folder, monkeypatch):
+    monkeypatch.setattr(serving, "MIXED", 60)
+    monkeypatch.setattr(serving, "MIXED_ROUNDS", 2)
+    (row,) = measured(folder, "--part", "memory")
+    assert len(row["resident_mb"]) == 2 and min(row["resident_mb"]) > 10
+    assert sum(row["statuses"].values()) == 120
+    assert set(row["statuses"]) == {"200", "400"}  # some are damaged
+
+
+def test_a_peer_that_is_not_installed_is_left_out(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(servers, "ENVIRONMENTS", tmp_path)
+    nowhere = {"ray": servers._peer("ray", "-m", "bench.peers.ray", "{port}")}
+    monkeypatch.setattr(serving, "KINDS", KINDS | nowhere)
+    monkeypatch.setattr(serving, "ENVIRONMENTS", tmp_path)
+    flags = ["--part", "load", "anomalib", "--only", "ray", "engine", "--graph", "light"]
+    rows = measured(folder, *flags, "--clients", "1", "--render", "none")
+    assert {row["server"] for row in rows} == {"engine"}
+    said = capsys.readouterr().err
+    assert "ray is not installed" in said and "anomalib is not installed" in said
+
+
+def test_a_server_that_does_not_start_is_told_with_what_it_said(tmp_path):
+    nowhere = tmp_path / "nowhere" / "light" / "1"
+    starting = servers.serving(KINDS["ours"], nowhere, tmp_path, b"")
+    with pytest.raises(RuntimeError, match="ours doesn't answer:\n.*No such file"):
+        starting.__enter__()
+
+
+def test_a_paused_server_stands_still_and_goes_on_and_ends_for_good(folder, tmp_path):
+    light = graphs.write(folder / "models")[0]
+    with servers.serving(KINDS["ours"], light.folder, tmp_path, picture()) as server:
+        server.pause()
+        assert states(server) == {"T"}
+        server.resume()
+        assert "T" not in states(server)
+        assert answer(server, "none")["decision"] == "normal"
+        server.pause()
+    assert processes.cpu_s(server.pid) == 0  # no such process
+
+
+@pytest.mark.parametrize("name", ["ours", *PEERS])
+def test_everybody_gives_the_answer_that_the_engine_does(folder, tmp_path, name):
+    if not KINDS[name].installed():
+        pytest.skip(f"{name} is not installed: make bench-peers")
+    bundle = graphs.write(folder / "models")[1]
+    detector = Detector(bundle.read_graph(), bundle.manifest.image_size, "cpu")
+    pixels = image.resize(image.decode(picture()), bundle.manifest.image_size)
+    (expected,) = detector.run(pixels[None])
+    threshold = bundle.default_calibration().threshold
+
+    with servers.serving(KINDS[name], bundle.folder, tmp_path, picture()) as server:
+        plain, rendered = answer(server, "none"), answer(server, "heatmap")
+
+    assert plain["score"] == rendered["score"] == pytest.approx(expected.score, rel=1e-4)
+    assert plain["decision"] == ("anomalous" if expected.score >= threshold else "normal")
+    assert not plain.get("heatmap")
+    drawn = Image.open(io.BytesIO(base64.b64decode(rendered["heatmap"])))
+    levels = heatmap.levels(expected.anomaly_map, threshold)
+    assert np.abs(np.asarray(drawn).astype(int) - levels).max() <= 1
+
+
+def picture() -> bytes:
+    pixels = cv2.imread(str(ROOT / "examples" / "normal.png"))
+    return cv2.imencode(".jpg", pixels)[1].tobytes()
+
+
+def answer(server: Server, render: str) -> dict:
+    """The JSON of one inspection; BentoML's is a list of one."""
+    kind = server.kind
+    request = picture_request(server.url(render), picture(), "image/jpeg", kind.form_field)
+    connection = http.client.HTTPConnection(*server.address, timeout=30)
+    connection.connect()
+    connection.sock.sendall(request)
+    response = http.client.HTTPResponse(connection.sock)
+    response.begin()
+    assert response.status == 200
+    found = json.loads(response.read())
+    connection.close()
+    return found[0] if isinstance(found, list) else found
+
+
+def states(server: Server) -> set[str]:
+    return {processes._stat(pid)[0] for pid in processes.tree(server.pid)}
+
+
+def test_every_model_of_a_models_folder_is_the_same_graph(folder, tmp_path):
+    bundle = graphs.write(folder / "models")[0]
+    first = serving.copied(bundle, tmp_path, ["a", "b"])
+    assert (first.name, first.digest) == ("a", bundle.digest)
+    assert Bundle(tmp_path / "b" / "1").manifest.name == "b"
