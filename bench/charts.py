@@ -8,7 +8,7 @@ import numpy as np
 from training.charts import Axis, axis_over
 
 WIDTH, HEIGHT = 300, 200  # of a panel
-LEFT, TOP, GAP, BOTTOM = 60, 34, 80, 44
+LEFT, TOP, GAP, BOTTOM = 60, 44, 80, 44
 COLOURS = ("#0b6e99", "#d9730d", "#6940a5", "#448361", "#9f6b53", "#c14c8a")
 
 Point = tuple[float, float, float]  # parameter, images/s, p99 in ms

@@ -35,7 +35,6 @@ FOLDER = Path("runs/bench/models")
 DEMO = Path("models/demo/1")
 SIZE = (256, 256)
 BLOCK = 8  # pixels
-SETTLING = 20
 HELD_OUT = 99  # what a rate of 1 % takes
 
 
@@ -121,10 +120,7 @@ def wide_graph() -> bytes:
     from training.settings import Settings
 
     torch.manual_seed(0)
-    model = from_settings(Settings("none", "wide-resnet50", backbone="wide_resnet50_2")).train()
-    with torch.no_grad():
-        for _ in range(SETTLING):  # see bench/peers/anomalib
-            model(torch.randint(0, 256, (2, *SIZE, 3), dtype=torch.uint8))
+    model = from_settings(Settings("none", "wide-resnet50", backbone="wide_resnet50_2"))
     return to_onnx(Scorer(model, AnomalyMap(SIZE)).eval(), SIZE)
 
 

@@ -7,8 +7,8 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
 
@@ -27,8 +27,8 @@ Answering = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 @contextmanager
 def server(answer: Answering) -> Iterator[load.Address]:
-    """Reads whole requests and lets `answer` write what it likes; on a loop of its own."""
-    loop, started, address = asyncio.new_event_loop(), threading.Event(), []
+    """Reads whole requests and lets `answer` write what it likes; on a thread of its own."""
+    ready: Future[tuple[load.Address, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -37,24 +37,23 @@ def server(answer: Answering) -> Iterator[load.Address]:
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 await reader.readexactly(length)
                 await answer(writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
+            writer.close()  # the client has gone, or the test is over
 
     async def run() -> None:
-        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
-        address.append(listening.sockets[0].getsockname())
-        started.set()
+        listening, over = await asyncio.start_server(serve, "127.0.0.1", 0), asyncio.Event()
+        ready.set_result((listening.sockets[0].getsockname(), asyncio.get_running_loop(), over))
+        async with listening:
+            await over.wait()
 
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(run()), loop.run_forever()))
-    thread.start()
-    started.wait()
-    yield address[0]
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    for task in asyncio.all_tasks(loop):
-        task.cancel()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(asyncio.run, run())
+        address, loop, over = ready.result(30)
+        try:
+            yield address
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            done.result(30)
 
 
 def in_turn(*answers: bytes) -> Answering:
