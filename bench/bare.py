@@ -20,12 +20,10 @@ import numpy as np
 
 from bench import load
 from bench.load import Answer, now
-from service import image
+from service import cores, image
 from service.bundle import Bundle
-from service.detector import Detector, Device, available_cores
-from service.settings import Settings
-
-MAX_BATCH = int(Settings.model_fields["max_batch_size"].default)
+from service.detector import Detector
+from service.devices import Device
 
 
 def measure(
@@ -35,13 +33,13 @@ def measure(
     waiting: SimpleQueue[tuple[float, np.ndarray]] = SimpleQueue()
     encoded = cycle(pictures)
     answers: list[Answer] = []
-    with ThreadPoolExecutor(available_cores()) as decoders:
+    with ThreadPoolExecutor(cores.available()) as decoders:
 
         def ask() -> None:
             decoders.submit(decode, now(), next(encoded))
 
         def decode(since: float, data: bytes) -> None:
-            waiting.put((since, image.resize(image.decode(data), detector.image_size)))
+            waiting.put((since, image.decode_to(data, detector.image_size)[0]))
 
         for _ in range(clients):
             ask()
@@ -63,9 +61,9 @@ def _answer(
 ) -> None:
     """Whatever waits is the next batch; each answer makes room for another question."""
     while now() < end:
-        batch = [waiting.get()]
-        while len(batch) < MAX_BATCH and not waiting.empty():
-            batch.append(waiting.get())
+        first = waiting.get()
+        others = detector.batch_size(1 + waiting.qsize()) - 1
+        batch = [first, *(waiting.get() for _ in range(others))]
         detector.run(np.stack([pixels for _, pixels in batch]))
         done = now()
         for since, _ in batch:

@@ -23,7 +23,7 @@ class Recording(Detector):
 
 def test_no_batch_is_larger_than_the_services_or_than_what_is_under_way():
     detector = Recording()
-    for clients, most in ((1, 1), (3, 3), (20, bare.MAX_BATCH)):
+    for clients, most in ((1, 1), (3, 3), (20, detector.batch_sizes[-1])):
         detector.batches.clear()
         found = bare.measure(
             detector, [encoded(spotted())], clients=clients, seconds=0.2, warm_up_s=0.05

@@ -124,13 +124,13 @@ def test_a_paused_server_stands_still_and_goes_on_and_ends_for_good(folder, tmp_
     assert processes.cpu_s(server.pid) == 0  # no such process
 
 
-@pytest.mark.parametrize("name", ["ours", *PEERS])
+@pytest.mark.parametrize("name", ["ours-cpu", *PEERS])
 def test_everybody_gives_the_answer_that_the_engine_does(folder, tmp_path, name):
     if not KINDS[name].installed():
         pytest.skip(f"{name} is not installed: make bench-peers")
     bundle = graphs.write(folder / "models")[1]
     detector = Detector(bundle.read_graph(), bundle.manifest.image_size, "cpu")
-    pixels = image.resize(image.decode(picture()), bundle.manifest.image_size)
+    pixels, _ = image.decode_to(picture(), bundle.manifest.image_size)
     (expected,) = detector.run(pixels[None])
     threshold = bundle.default_calibration().threshold
 

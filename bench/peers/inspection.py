@@ -36,7 +36,7 @@ class Inspection:
 
     def decode(self, body: bytes) -> np.ndarray:
         """RGB uint8 (h, w, 3) at the model's size."""
-        return image.resize(image.decode(body), self.size)
+        return image.decode_to(body, self.size)[0]
 
     def run(self, images: list[np.ndarray]) -> list[tuple[float, np.ndarray]]:
         """Score and anomaly map of each."""
