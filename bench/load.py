@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
 from pathlib import Path
@@ -32,6 +33,7 @@ from bench import processes
 
 WARM_UP_S = 1.0
 DRAIN_S = 60.0  # for what is under way when time is up
+REFUSED_S = 0.1  # before the next try, where nobody listens
 LOST = "lost"  # in place of a status where the connection broke off
 CONTENT_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 _LENGTH = compile(rb"\r\ncontent-length: *(\d+)", IGNORECASE)
@@ -123,9 +125,27 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
 
-async def connect(address: Address) -> Connection:
-    _, connection = await asyncio.get_running_loop().create_connection(Connection, *address)
-    return connection
+class Client:
+    """Asks one thing at a time, over a connection that is opened anew where it was closed."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._connection: Connection | None = None
+
+    async def ask(self, request: bytes) -> str:
+        """As `Connection.ask`; LOST as well where nobody listens."""
+        if self._connection is None or self._connection.closed:
+            loop = asyncio.get_running_loop()
+            try:
+                _, self._connection = await loop.create_connection(Connection, *self._address)
+            except OSError:
+                await asyncio.sleep(REFUSED_S)
+                return LOST
+        return await self._connection.ask(request)
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
 
 
 def picture_request(url: str, data: bytes, content_type: str, field: str | None = None) -> bytes:
@@ -150,46 +170,40 @@ async def closed_loop(
     """Each client asks anew as soon as it is answered, until `end` or until requests run out."""
     answers: list[Answer] = []
 
-    async def client() -> None:
-        connection = await connect(address)
-        try:
+    async def ask_on() -> None:
+        with closing(Client(address)) as client:
             while (sent := now()) < end and (request := next(requests, None)):
-                if connection.closed:
-                    connection = await connect(address)
-                status = await connection.ask(request)
+                status = await client.ask(request)
                 answers.append(Answer(sent, sent, now(), status))
-        finally:
-            connection.close()
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(clients):
-            tasks.create_task(client())
+            tasks.create_task(ask_on())
     return answers
 
 
 async def open_loop(
-    address: Address, requests: Iterator[bytes], moments: np.ndarray, clients: int
+    address: Address, requests: Iterator[bytes], moments: np.ndarray
 ) -> list[Answer]:
-    """A request at each moment, on one of `clients` connections or, if none is free, another."""
+    """A request at each moment, by a client who waits for nothing or, if all do, by a new one."""
     answers: list[Answer] = []
-    idle = [await connect(address) for _ in range(clients)]
+    idle: list[Client] = []
 
     async def one(due: float, request: bytes) -> None:
-        connection = idle.pop() if idle else await connect(address)
+        client = idle.pop() if idle else Client(address)
         sent = now()
-        status = await connection.ask(request)
+        status = await client.ask(request)
         # The loop's timers may be a millisecond early: then it was due when it was sent.
         answers.append(Answer(min(due, sent), sent, now(), status))
-        if not connection.closed:
-            idle.append(connection)
+        idle.append(client)
 
     async with asyncio.TaskGroup() as tasks:
         for due in moments.tolist():
             if due > now():
                 await asyncio.sleep(due - now())
             tasks.create_task(one(due, next(requests)))
-    for connection in idle:
-        connection.close()
+    for client in idle:
+        client.close()
     return answers
 
 
@@ -204,7 +218,7 @@ async def measure(
     address: Address,
     requests: Sequence[bytes],
     *,
-    clients: int,
+    clients: int = 1,
     seconds: float,
     rate: float | None = None,
     warm_up_s: float = WARM_UP_S,
@@ -215,7 +229,7 @@ async def measure(
     begin, end = first + warm_up_s, first + warm_up_s + seconds
     work: Awaitable[list[Answer]]
     if rate:
-        work = open_loop(address, cycle(requests), arrivals(rate, first, end), clients)
+        work = open_loop(address, cycle(requests), arrivals(rate, first, end))
     else:
         work = closed_loop(address, cycle(requests), clients, end)
     loading = asyncio.ensure_future(work)
@@ -284,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--image", type=Path, nargs="+", required=True, help=f"{', '.join(CONTENT_TYPES)}; in turn")
     add("--field", help="send a multipart form with the picture in this field (default: raw body)")
-    add("--clients", type=int, default=1, help="connections (default: 1); with --rate, at first")
+    add("--clients", type=int, default=1, help="of the closed loop (default: 1)")
     add("--seconds", type=float, default=5.0, help="that count (default: 5)")
     add("--warm-up", type=float, default=WARM_UP_S, help=f"seconds before (default: {WARM_UP_S:g})")
     add("--rate", type=float, help="arrivals per second (default: closed loop)")

@@ -22,6 +22,7 @@ ENVIRONMENTS = Path("runs/bench/env")
 READY_S = 120.0
 POLL_S = 0.02
 STOP_S = 20.0
+SETTLE_S = 0.3
 JPEG = "image/jpeg"
 
 
@@ -111,7 +112,9 @@ class Server:
         _signal(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
+        """Let them go on, and give their watchdogs a moment."""
         _signal(self.pid, signal.SIGCONT)
+        time.sleep(SETTLE_S)
 
 
 @contextlib.contextmanager

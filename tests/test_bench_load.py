@@ -126,6 +126,12 @@ def test_a_connection_that_breaks_off_is_lost_and_replaced():
         assert ask(address, 3) == ["200", LOST, "200"]
 
 
+def test_where_nobody_listens_all_is_lost():
+    with server(in_turn(OK)) as address:
+        pass
+    assert ask(address, 2) == [LOST, LOST]
+
+
 def test_arrivals_do_not_wait_for_answers():
     """The server answers nobody before it has heard all: a closed loop would wait for ever."""
     count, heard = 12, 0
@@ -139,7 +145,7 @@ def test_arrivals_do_not_wait_for_answers():
 
     async def load_it(address: load.Address) -> list[Answer]:
         moments = load.now() + np.linspace(0, 0.05, count)
-        return await asyncio.wait_for(open_loop(address, repeat(REQUEST), moments, 2), 30)
+        return await asyncio.wait_for(open_loop(address, repeat(REQUEST), moments), 30)
 
     with server(answer) as address:
         answers = uvloop.run(load_it(address))
