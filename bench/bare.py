@@ -33,7 +33,7 @@ def measure(
     waiting: SimpleQueue[tuple[float, np.ndarray]] = SimpleQueue()
     encoded = cycle(pictures)
     answers: list[Answer] = []
-    with ThreadPoolExecutor(cores.available()) as decoders:
+    with ThreadPoolExecutor(cores.available()) as decoders, ThreadPoolExecutor(1) as device:
 
         def ask() -> None:
             decoders.submit(decode, now(), next(encoded))
@@ -44,10 +44,10 @@ def measure(
         for _ in range(clients):
             ask()
         begin = now() + warm_up_s
-        _answer(detector, waiting, begin, ask, answers)
+        device.submit(_answer, detector, waiting, begin, ask, answers).result()
         answers.clear()
         before = load.usage(None)
-        _answer(detector, waiting, begin + seconds, ask, answers)
+        device.submit(_answer, detector, waiting, begin + seconds, ask, answers).result()
         after = load.usage(None)
     return load.summary(answers, seconds, before, after)
 
