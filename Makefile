@@ -81,7 +81,9 @@ demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew,
 # What the service is measured beside: each in an environment of its own, with the service's pixels.
 PEERS = litserve ray bentoml anomalib
 
-bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (16 minutes)
+bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (20 minutes)
+	.venv/bin/python -m bench.engine --out bench/results/engine
+	.venv/bin/python -m bench.pixels --out bench/results/pixels
 	.venv/bin/python -m bench.serving --out bench/results/serving
 
 bench-peers: $(PEERS:%=runs/bench/env/%/installed)  ## install the peers to measure beside (7 GB)

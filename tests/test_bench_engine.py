@@ -41,7 +41,7 @@ def test_every_device_that_can_be_had_gives_nearly_the_same_scores(capsys, tmp_p
     for row in record["rows"]:
         assert row["seconds"] > 0 and row["least"] <= row["times_as_fast"] <= row["most"]
         if row["engine"] != "openvino itself":
-            assert row["score_change"] <= {"float32": 1e-4}.get(row["engine"].split()[1], 1e-2)
+            assert row["score_change"] <= {"float32": 1e-4}.get(row["engine"].split()[1], 2e-2)
     assert 0 < record["map_share"]["demo"] < 0.5
     assert (tmp_path / "engine.md").read_text() in capsys.readouterr().out + "\n"
 
