@@ -59,7 +59,7 @@ def runs(graph: bytes, threads: int) -> Iterator[tuple[str, Run]]:
 
 
 def _openvino_itself(graph: bytes, threads: int) -> Run:
-    core = devices.import_openvino().Core()
+    core = devices.openvino_core()
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(graph, b""), "CPU", options)
 

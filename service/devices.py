@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -150,7 +151,7 @@ class OpenVinoSession:
             "ENABLE_CPU_PINNING": False,  # decoding shares the cores
         }
         try:
-            core = openvino.Core()
+            core = openvino_core()
             native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             model = core.read_model(graph, b"")
             self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
@@ -336,6 +337,13 @@ def _ports(session: ort.InferenceSession) -> tuple[Ports, Ports]:
         return [(p.name, types.get(p.type, p.type), tuple(p.shape[1:])) for p in ports]
 
     return described(session.get_inputs()), described(session.get_outputs())
+
+
+@cache
+def openvino_core() -> Any:
+    """The one core of this process, kept for ever: each lends its thread a stack for signals, and
+    of several that go in another order than they came the next SIGTERM would find a freed one."""
+    return import_openvino().Core()
 
 
 def _openvino_ports(ports: Any) -> Ports:

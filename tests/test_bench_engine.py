@@ -58,7 +58,7 @@ def test_the_maps_nodes_are_those_from_the_first_product_on() -> None:
 
 
 def test_pixels_are_measured_beside_the_plain_way(capsys) -> None:
-    works, difference = pixels.decoding((512, 512))
+    works, difference = pixels.decoding((1632, 2448))
     whole, reduced = (work() for work in works.values())
     assert np.abs(whole.astype(int) - reduced).mean() == difference
     assert 0 < difference < 2

@@ -26,7 +26,7 @@ needs_no_cuda = pytest.mark.skipif(
 
 
 def has_bfloat16() -> bool:
-    core = devices.import_openvino().Core()
+    core = devices.openvino_core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -135,6 +135,26 @@ def test_results_stay_as_they_are_when_the_next_batch_runs() -> None:
         kept = maps.copy(), scores.copy()
         session.run(IMAGES[1:2])
         assert np.array_equal(maps, kept[0]) and np.array_equal(scores, kept[1])
+
+
+@needs_openvino
+def test_signals_still_arrive_when_models_have_come_and_gone() -> None:
+    code = """
+import signal
+from pathlib import Path
+import numpy as np
+from service.devices import OpenVinoSession
+
+graph, images = Path("models/demo/1/model.onnx").read_bytes(), np.zeros((1, 256, 256, 3), np.uint8)
+sessions = [OpenVinoSession(graph, precision, 1) for precision in ("float32", "auto", "auto")]
+for session in sessions:
+    session.run(images)
+del sessions, session
+signal.signal(signal.SIGTERM, lambda number, frame: print("arrived"))
+signal.raise_signal(signal.SIGTERM)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "arrived"), result.stderr
 
 
 @needs_openvino
