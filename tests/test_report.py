@@ -409,7 +409,7 @@ def test_what_it_takes_to_repeat_it_is_there(report, labelled, trained, tmp_path
     manifest = trained.manifest
     for text in (manifest.graph.sha256, manifest.teacher.sha256, manifest.data.fingerprint):
         assert text in page.text
-    assert page.row("embedding planes") == ["512"] and page.row("device") == ["cpu"]
+    assert page.row("embedding planes") == ["512"] and page.row("device") == ["cpu in float32"]
     again = Page(tmp_path / "out" / "report.html").row("fingerprint of those tested on")
     (labelled / "test/good/0.png").unlink()
     assert report(trained).row("fingerprint of those tested on") != again
