@@ -75,15 +75,15 @@ def measure(bundle: Bundle, threads: int, rounds: int) -> list[Row]:
     graph, images = bundle.read_graph(), parts(bundle.manifest.image_size)
     found = dict(runs(graph, threads))
     exact = scores(found[FIRST], images)
+    changes = {n: np.abs(scores(run, images) / exact - 1).max() for n, run in found.items()}
     rows = []
     for batch in CUDA_BATCHES if any(name.startswith("cuda") for name in found) else BATCHES:
         some = np.resize(images, (batch, *images.shape[1:]))
         works = {name: partial(run, some) for name, run in found.items()}
         for name, taken in timed(works, rounds).items():
-            change = np.abs(scores(found[name], images) / exact - 1).max()
             row = {"graph": bundle.name, "engine": name, "batch": batch}
             row |= {"ms_per_image": 1e3 * taken.seconds / batch} | asdict(taken)
-            rows.append(row | {"score_change": float(change)})
+            rows.append(row | {"score_change": float(changes[name])})
             print(brief(rows[-1]), flush=True)
     return rows
 
