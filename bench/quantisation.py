@@ -12,9 +12,9 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+from bench.turns import in_turns
 from service.bundle import Bundle
 from service.cores import available
 from service.detector import Detector
@@ -96,17 +97,9 @@ def trained_on(bundle: Bundle, root: Path, count: int) -> np.ndarray:
 def measure(
     detectors: Sequence[Detector], images: np.ndarray, rounds: int, seconds: float
 ) -> list[list[float]]:
-    """Seconds per image of each detector in each round, in blocks of at least `seconds`."""
-    taken: list[list[float]] = [[] for _ in detectors]
-    for _ in range(rounds):
-        for detector, times in zip(detectors, taken, strict=True):
-            detector.run(images)
-            start, runs = time.perf_counter(), 0
-            while (passed := time.perf_counter() - start) < seconds or not runs:
-                detector.run(images)
-                runs += 1
-            times.append(passed / runs / len(images))
-    return taken
+    """Seconds per image of each detector in each round, in turns of about `seconds`."""
+    taken = in_turns([partial(detector.run, images) for detector in detectors], rounds, seconds)
+    return [[each / len(images) for each in times] for times in taken]
 
 
 def ratios(taken: list[list[float]], baselines: Sequence[int]) -> list[list[float]]:
@@ -124,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pictures", type=int, default=64, help="to calibrate on (default 64)")
     add("--threads", type=int, default=available(), help="default: all")
     add("--rounds", type=int, default=7, help="default 7")
-    add("--seconds", type=float, default=1.0, help="of a block, at least (default 1)")
+    add("--seconds", type=float, default=1.0, help="of a turn, about (default 1)")
     arguments = parser.parse_args(argv)
 
     bundle = Bundle(arguments.bundle)

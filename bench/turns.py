@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 TURN_S = 0.3  # a turn is repeated calls of about this much
@@ -19,20 +19,27 @@ class Timed:
 
 
 def timed(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timed]:
-    """Each work's time in `rounds` rounds of a turn each, compared with the first's."""
-    calls = {name: _calls(work) for name, work in works.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    """Each work's time, compared with the first's."""
+    seconds = in_turns(list(works.values()), rounds)
+    return {name: _compared(taken, seconds[0]) for name, taken in zip(works, seconds, strict=True)}
+
+
+def in_turns(
+    works: Sequence[Callable[[], object]], rounds: int, turn_s: float | None = None
+) -> list[list[float]]:
+    """Seconds of a call of each work in each round, in turns of about `turn_s` (TURN_S)."""
+    calls = [_calls(work, TURN_S if turn_s is None else turn_s) for work in works]
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        for name, work in works.items():
-            seconds[name].append(_turn(work, calls[name]))
-    first = next(iter(seconds.values()))
-    return {name: _compared(taken, first) for name, taken in seconds.items()}
+        for work, count, taken in zip(works, calls, seconds, strict=True):
+            taken.append(_turn(work, count))
+    return seconds
 
 
-def _calls(work: Callable[[], object]) -> int:
+def _calls(work: Callable[[], object], turn_s: float) -> int:
     """Calls in a turn, by one that comes after a first, slow one."""
     work()
-    return max(1, round(TURN_S / _turn(work, 1)))
+    return max(1, round(turn_s / _turn(work, 1)))
 
 
 def _turn(work: Callable[[], object], calls: int) -> float:
