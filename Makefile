@@ -97,7 +97,7 @@ runs/bench/env/%/installed: bench/peers/%.txt .venv/bin/uv
 
 PIN = .venv/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --python-version 3.11
 # Peers decode and run the graph with the very versions that the service does.
-SHARED = numpy|onnxruntime|opencv-python-headless|pillow
+SHARED = cykooz-resizer|numpy|onnxruntime|opencv-python-headless|pillow
 
 constraints: .venv/bin/uv  ## pin the newest versions that pyproject.toml allows
 	$(PIN) --universal --extra cpu --extra gpu --extra training --extra dev pyproject.toml -o constraints.txt

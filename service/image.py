@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image, UnidentifiedImageError
 
 from service.errors import InvalidImage, TooLarge, UnsupportedFormat
@@ -28,6 +29,8 @@ _REDUCED = {
     4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
     2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
 }
+
+_BILINEAR = ResizeOptions(ResizeAlg.convolution(FilterType.bilinear))
 
 # Refusals are reported by us, with names; OpenCV would also print each to stderr.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -145,12 +148,17 @@ def _decode(data: bytes, header: Header, factor: int = 1) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """RGB uint8 (h, w, 3) at `size` = (height, width): antialiased bilinear, aspect not kept."""
+    """RGB uint8 (h, w, 3) at `size` = (height, width): antialiased bilinear, aspect not kept.
+
+    Pillow's filter but for the last rounding (a level at most), several times as fast.
+    """
     height, width = size
     if pixels.shape[:2] == (height, width):
         return pixels
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    source = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+    resized = ImageData(width, height, PixelType.U8x3)
+    Resizer().resize(source, resized, _BILINEAR)
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
 def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -169,6 +169,16 @@ def test_resize_is_antialiased() -> None:
     assert np.abs(small[8:-8, 8:-8].astype(int) - 127).max() <= 2
 
 
+@pytest.mark.parametrize("stored", [(512, 512), (300, 280), (777, 513), (40, 60), (1200, 1920)])
+def test_resize_is_pillows_to_the_last_rounding(stored: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (*stored, 3), np.uint8)
+
+    resized = image.resize(pixels, (64, 96))
+
+    pillows = Image.fromarray(pixels).resize((96, 64), Image.Resampling.BILINEAR)
+    assert np.abs(resized.astype(int) - np.asarray(pillows)).max() <= 1
+
+
 def test_resize_takes_height_before_width() -> None:
     assert image.resize(GRADIENT, (32, 96)).shape == (32, 96, 3)
 
