@@ -4,15 +4,16 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -121,8 +122,8 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Pass or fail, and where, with a promised false-positive rate.",
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
-        dependencies=[Depends(_known_parameters)],
     )
+    app.router.route_class = _StrictRoute
     app.add_middleware(RequestRecord, metrics=metrics)
     app.add_exception_handler(Exception, _answer_problem)
     app.add_exception_handler(ClientDisconnect, _answer_departure)
@@ -270,19 +271,28 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-async def _known_parameters(request: Request) -> None:
+class _StrictRoute(APIRoute):
     """Refuses a misspelt parameter, which would otherwise leave its default in force unseen.
 
     Probes and scrapers may add what they like.
     """
-    if not request.url.path.startswith("/v1/"):
-        return
-    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
-    for name in request.query_params:
-        if name not in known:
-            raise InvalidParameter(
-                f"unknown parameter {name!r}; there are: {', '.join(sorted(known)) or 'none'}"
-            )
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if not self.path.startswith("/v1/"):
+            return handle
+        known = {parameter.alias for parameter in self.dependant.query_params}
+
+        async def check_and_handle(request: Request) -> Response:
+            for name in request.query_params:
+                if name not in known:
+                    raise InvalidParameter(
+                        f"unknown parameter {name!r}; there are: "
+                        f"{', '.join(sorted(known)) or 'none'}"
+                    )
+            return await handle(request)
+
+        return check_and_handle
 
 
 @asynccontextmanager

@@ -1,9 +1,9 @@
 """Images of many clients -> batches on the device, without a timer.
 
 Whatever waits when the device becomes free is its next batch: a lone image goes at once, and under
-load batches grow by themselves. The device's thread takes the next batch itself, so that a busy
-event loop doesn't keep the device waiting. Images whose caller left or timed out are taken out of
-the queue; a batch that fails answers every caller in it, and the next one still runs.
+load batches grow by themselves. Workers put images into the queue and the device's thread takes
+them out, so that a busy event loop keeps neither waiting. Images whose caller left or timed out are
+taken out of the queue; a batch that fails answers every caller in it, and the next one still runs.
 """
 
 import asyncio
@@ -14,11 +14,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from service.detector import Prediction
 from service.errors import InferenceFailed, Overloaded, ServiceError
+
+
+class Prepared(Protocol):
+    @property
+    def resized(self) -> np.ndarray:
+        """uint8 (h, w, 3) at the model's size."""
+
+
+P = TypeVar("P", bound=Prepared)
 
 
 @dataclass(frozen=True)
@@ -31,9 +41,9 @@ class Answer:
 
 @dataclass(eq=False)
 class _Waiter:
-    image: np.ndarray
     answer: "asyncio.Future[Answer]"
-    since: float = field(default_factory=time.perf_counter)
+    image: np.ndarray = field(init=False)
+    since: float = field(init=False)
 
 
 class Batcher:
@@ -80,24 +90,42 @@ class Batcher:
         finally:
             self.places -= 1
 
-    async def submit(self, image: np.ndarray) -> Answer:
-        """The prediction of one uint8 (h, w, 3) image at the model's size.
+    async def submit(self, prepare: Callable[[], P], workers: Executor) -> tuple[P, Answer]:
+        """What `prepare` gives on one of the `workers`, and the prediction of it.
 
-        Raises InferenceFailed where its batch failed. Cancelling the call takes the image out.
+        Raises what `prepare` raises, and InferenceFailed where its batch failed. Cancelling the
+        call takes the image out.
         """
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(image, loop.create_future())
-        with self._lock:
-            if not self._scheduled:
-                self._device_thread.submit(self._run_next, loop)  # it waits for the lock
-                self._scheduled = True
-            self._waiting.append(waiter)
+        waiter = _Waiter(loop.create_future())
+        prepared = workers.submit(self._enter, waiter, prepare, loop)
+        del prepare  # the encoded image that it may hold needn't wait
         try:
-            return await waiter.answer
+            answer = await waiter.answer
+            return prepared.result(), answer
         finally:
+            prepared.cancel()
             with self._lock:
                 if waiter in self._waiting:  # cancelled
                     self._waiting.remove(waiter)
+
+    def _enter(
+        self, waiter: _Waiter, prepare: Callable[[], P], loop: asyncio.AbstractEventLoop
+    ) -> P:
+        """On a worker: straight into the queue, without a turn of the event loop."""
+        try:
+            prepared = prepare()
+            waiter.image, waiter.since = prepared.resized, time.perf_counter()
+            with self._lock:
+                if not waiter.answer.done():  # else cancelled
+                    if not self._scheduled:
+                        self._device_thread.submit(self._run_next, loop)  # it waits for the lock
+                        self._scheduled = True
+                    self._waiting.append(waiter)
+        except Exception as error:  # the caller's, whatever it is
+            loop.call_soon_threadsafe(_fail, waiter, error)
+            raise
+        return prepared
 
     def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the device's thread: one batch of what waits, then back to the end of its queue."""
@@ -129,12 +157,15 @@ class Batcher:
 
 def _answer(batch: list[_Waiter], outcome: list[Answer] | Exception) -> None:
     for number, waiter in enumerate(batch):
-        if waiter.answer.done():  # cancelled
-            continue
         if isinstance(outcome, Exception):
-            waiter.answer.set_exception(_as_service_error(outcome))
-        else:
+            _fail(waiter, _as_service_error(outcome))
+        elif not waiter.answer.done():  # cancelled
             waiter.answer.set_result(outcome[number])
+
+
+def _fail(waiter: _Waiter, error: Exception) -> None:
+    if not waiter.answer.done():  # cancelled
+        waiter.answer.set_exception(error)
 
 
 def _as_service_error(error: Exception) -> ServiceError:

@@ -63,6 +63,12 @@ class _Decoded:
     resized: np.ndarray  # (h, w, 3) at the model's size
     size: tuple[int, int]  # height, width of the original
     sha256: str
+    seconds: float  # since it was asked for, as there may have been no free worker
+
+
+@dataclass(frozen=True)
+class _DecodedSample(_Decoded):
+    pixels_sha256: str  # of what the graph sees
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,10 @@ class Inspector:
         no threshold to decide by.
         """
         _limit(model, threshold)  # refused before the work, not after it
-        decoding = time.perf_counter()
-        decoded = await self._on_worker(lambda: self._decode(data, model))
-        decode_s = time.perf_counter() - decoding
-        answer = await model.batcher.submit(decoded.resized)
+        asked = time.perf_counter()
+        decoded, answer = await model.batcher.submit(
+            lambda: self._decode(data, model, asked), self._workers
+        )
         calibration, limit = _limit(model, threshold)  # once: it may be replaced at any time
         rendering = time.perf_counter()
 
@@ -131,7 +137,7 @@ class Inspector:
                 heatmap=base64.b64encode(shown).decode() if shown else None,
                 heatmap_type=MEDIA_TYPES[render][0] if shown else None,
                 timing_ms=Timing(
-                    decode=_ms(decode_s),
+                    decode=_ms(decoded.seconds),
                     queue=_ms(answer.queue_s),
                     infer=_ms(answer.infer_s),
                     render=_ms(time.perf_counter() - rendering),
@@ -140,7 +146,9 @@ class Inspector:
             )
             return Inspected(inspection, picture, inspection.model_dump_json().encode())
 
-        inspected = await self._on_worker(depict)
+        # A good part without a picture is done sooner than a worker would be called.
+        drawn = render != "none" or answer.prediction.score >= limit
+        inspected = await self._on_worker(depict) if drawn else depict()
         self._observe(inspected.inspection)
         return inspected
 
@@ -273,12 +281,12 @@ class Inspector:
 
         async def score_one(number: int, name: str, data: bytes) -> None:
             try:
-                decoding = self._on_worker(partial(self._decode_sample, data, model))
-                del data  # up to MAX_IMAGE_BYTES; not to be kept while its image waits
-                decoded, pixels_sha256 = await decoding
-                answer = await model.batcher.submit(decoded.resized)
+                decode = partial(self._decode_sample, data, model)
+                scoring = model.batcher.submit(decode, self._workers)
+                del data, decode  # up to MAX_IMAGE_BYTES; not to be kept while its image waits
+                decoded, answer = await scoring
                 sample = Sample(name, decoded.sha256, answer.prediction.score)
-                scored[number] = _Scored(sample, pixels_sha256)
+                scored[number] = _Scored(sample, decoded.pixels_sha256)
             except (InvalidImage, TooLarge, UnsupportedFormat, TrainedOn) as error:
                 failed[number] = Failure(name=name, reason=str(error))
             finally:
@@ -292,18 +300,20 @@ class Inspector:
                 number += 1
         return [scored[i] for i in sorted(scored)], [failed[i] for i in sorted(failed)]
 
-    def _decode(self, data: bytes, model: Model) -> _Decoded:
+    def _decode(self, data: bytes, model: Model, asked: float) -> _Decoded:
         limit = self._settings.max_image_pixels
-        return _Decoded(*image.decode_to(data, model.image_size, limit), image.digest(data))
+        resized, size = image.decode_to(data, model.image_size, limit)
+        return _Decoded(resized, size, image.digest(data), time.perf_counter() - asked)
 
-    def _decode_sample(self, data: bytes, model: Model) -> tuple[_Decoded, str]:
+    def _decode_sample(self, data: bytes, model: Model) -> _DecodedSample:
         limit = self._settings.max_image_bytes
         if len(data) > limit:
             raise TooLarge(f"the file is too large: the limit is {limit} bytes")
-        decoded = self._decode(data, model)
+        decoded = self._decode(data, model, time.perf_counter())
         if decoded.sha256 in model.trained:
             raise TrainedOn("the model was trained on this file: it would score too low")
-        return decoded, image.digest(decoded.resized.tobytes())
+        pixels_sha256 = image.digest(decoded.resized.tobytes())
+        return _DecodedSample(**vars(decoded), pixels_sha256=pixels_sha256)
 
     def _render(
         self,

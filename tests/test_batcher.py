@@ -3,15 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.batcher import Batcher
+from service.batcher import Answer, Batcher
 from service.detector import Prediction
-from service.errors import InferenceFailed, Overloaded
+from service.errors import InferenceFailed, InvalidImage, Overloaded
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 MAP = np.zeros((4, 4), np.float32)
@@ -34,6 +35,27 @@ class Device:
         if 255 in values:
             raise InferenceFailed("white is too much")
         return [Prediction(float(value), MAP) for value in values]
+
+
+class AtOnce(Executor):
+    """Works on the caller's thread."""
+
+    def submit(self, work: Callable[..., Any], /, *given: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*given, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass
+class Prepared:
+    resized: np.ndarray
+
+
+async def submit(batcher: Batcher, image: np.ndarray) -> Answer:
+    return (await batcher.submit(lambda: Prepared(image), AtOnce()))[1]
 
 
 def image_of(value: int) -> np.ndarray:
@@ -64,14 +86,14 @@ def run(scenario: Callable[[Batcher, Device], Coroutine[Any, Any, None]], **limi
 async def held_up(batcher: Batcher, device: Device) -> "asyncio.Task[Any]":
     """The device busy with one image until `device.open` is set."""
     device.open.clear()
-    first = asyncio.create_task(batcher.submit(image_of(0)))
+    first = asyncio.create_task(submit(batcher, image_of(0)))
     await asyncio.to_thread(device.entered.wait, 10)
     return first
 
 
 def test_a_lone_image_is_run_at_once_and_alone() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
-        answer = await batcher.submit(image_of(7))
+        answer = await submit(batcher, image_of(7))
         assert answer.prediction.score == 7
         assert answer.batch_size == 1
 
@@ -81,7 +103,7 @@ def test_a_lone_image_is_run_at_once_and_alone() -> None:
 def test_what_waits_while_the_device_is_busy_becomes_the_next_batch() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
-        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 2, 3)]
+        rest = [asyncio.create_task(submit(batcher, image_of(v))) for v in (1, 2, 3)]
         await asyncio.sleep(0)
         device.open.set()
         answers = await asyncio.gather(first, *rest)
@@ -95,7 +117,7 @@ def test_what_waits_while_the_device_is_busy_becomes_the_next_batch() -> None:
 def test_a_batch_is_never_larger_than_its_limit() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
-        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in range(1, 8)]
+        rest = [asyncio.create_task(submit(batcher, image_of(v))) for v in range(1, 8)]
         await asyncio.sleep(0)
         device.open.set()
         await asyncio.gather(first, *rest)
@@ -106,14 +128,14 @@ def test_a_batch_is_never_larger_than_its_limit() -> None:
 def test_one_failure_answers_every_waiter_and_the_next_batch_still_runs() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
-        doomed = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 255, 3)]
+        doomed = [asyncio.create_task(submit(batcher, image_of(v))) for v in (1, 255, 3)]
         await asyncio.sleep(0)
         device.open.set()
         await first
         for task in doomed:
             with pytest.raises(InferenceFailed, match="white is too much"):
                 await task
-        assert (await batcher.submit(image_of(9))).prediction.score == 9
+        assert (await submit(batcher, image_of(9))).prediction.score == 9
 
     run(scenario)
 
@@ -127,7 +149,7 @@ def test_an_unforeseen_exception_answers_every_waiter_too() -> None:
             batcher = Batcher(broken, thread, batch_size=at_most(4), max_queue=4)
             for _ in range(2):
                 with pytest.raises(InferenceFailed, match="ZeroDivisionError: by nothing"):
-                    await asyncio.wait_for(batcher.submit(IMAGE), 10)
+                    await asyncio.wait_for(submit(batcher, IMAGE), 10)
 
     asyncio.run(main())
 
@@ -145,8 +167,8 @@ def test_an_observer_that_fails_is_a_failure_too_and_the_next_batch_runs() -> No
             options: dict[str, Any] = {"batch_size": at_most(4), "max_queue": 4}
             batcher = Batcher(device.run, thread, on_batch=observe, **options)
             with pytest.raises(InferenceFailed, match="no counter"):
-                await asyncio.wait_for(batcher.submit(IMAGE), 10)
-            assert (await asyncio.wait_for(batcher.submit(IMAGE), 10)).prediction.score == 0
+                await asyncio.wait_for(submit(batcher, IMAGE), 10)
+            assert (await asyncio.wait_for(submit(batcher, IMAGE), 10)).prediction.score == 0
 
     asyncio.run(main())
 
@@ -158,7 +180,7 @@ def test_after_shutdown_every_caller_is_refused_and_none_waits() -> None:
         thread.shutdown()
         for _ in range(2):
             with pytest.raises(RuntimeError, match="shutdown"):
-                await asyncio.wait_for(batcher.submit(IMAGE), 10)
+                await asyncio.wait_for(submit(batcher, IMAGE), 10)
         assert batcher.waiting == 0
 
     asyncio.run(main())
@@ -169,7 +191,7 @@ def test_a_run_that_forgets_an_image_is_a_failure_and_nobody_waits_for_ever() ->
         with ThreadPoolExecutor(1) as thread:
             batcher = Batcher(lambda images: [], thread, batch_size=at_most(4), max_queue=4)
             with pytest.raises(InferenceFailed, match="ValueError"):
-                await asyncio.wait_for(batcher.submit(IMAGE), 10)
+                await asyncio.wait_for(submit(batcher, IMAGE), 10)
 
     asyncio.run(main())
 
@@ -177,8 +199,8 @@ def test_a_run_that_forgets_an_image_is_a_failure_and_nobody_waits_for_ever() ->
 def test_a_cancelled_caller_never_reaches_the_device_and_frees_the_queue() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
-        leaving = asyncio.create_task(batcher.submit(image_of(1)))
-        staying = asyncio.create_task(batcher.submit(image_of(2)))
+        leaving = asyncio.create_task(submit(batcher, image_of(1)))
+        staying = asyncio.create_task(submit(batcher, image_of(2)))
         await asyncio.sleep(0)
         assert batcher.waiting == 2
         leaving.cancel()
@@ -190,12 +212,52 @@ def test_a_cancelled_caller_never_reaches_the_device_and_frees_the_queue() -> No
     assert run(scenario).batches == [[0], [2]]
 
 
+def test_a_caller_that_leaves_while_its_image_is_prepared_never_reaches_the_device() -> None:
+    began, ready = threading.Event(), threading.Event()
+    preparations = []
+
+    def prepare() -> Prepared:
+        preparations.append(1)
+        began.set()
+        assert ready.wait(10)
+        return Prepared(image_of(1))
+
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        with ThreadPoolExecutor(1) as worker:
+            leaving = [asyncio.create_task(batcher.submit(prepare, worker)) for _ in range(2)]
+            await asyncio.to_thread(began.wait, 10)
+            for task in leaving:
+                task.cancel()
+            await asyncio.wait(leaving)
+            ready.set()
+            prepared, answer = await batcher.submit(lambda: Prepared(image_of(2)), worker)
+            assert (prepared.resized[0, 0, 0], answer.prediction.score) == (2, 2)
+
+    assert run(scenario).batches == [[2]]
+    assert len(preparations) == 1  # the other had not begun
+
+
+def test_what_can_not_be_prepared_is_its_callers_error_alone() -> None:
+    def unreadable() -> Prepared:
+        raise InvalidImage("no picture")
+
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        with ThreadPoolExecutor(1) as worker:
+            failing = asyncio.create_task(batcher.submit(unreadable, worker))
+            other = asyncio.create_task(submit(batcher, image_of(3)))
+            with pytest.raises(InvalidImage, match="^no picture$"):
+                await failing
+            assert (await other).prediction.score == 3
+
+    assert run(scenario).batches == [[3]]
+
+
 def test_a_caller_that_leaves_during_the_run_does_not_disturb_the_others() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
         first.cancel()
         await asyncio.wait((first,))
-        second = asyncio.create_task(batcher.submit(image_of(5)))
+        second = asyncio.create_task(submit(batcher, image_of(5)))
         await asyncio.sleep(0)
         device.open.set()
         assert (await second).prediction.score == 5
@@ -206,7 +268,7 @@ def test_a_caller_that_leaves_during_the_run_does_not_disturb_the_others() -> No
 def test_the_device_takes_its_next_batch_while_the_event_loop_is_busy() -> None:
     async def scenario(batcher: Batcher, device: Device) -> None:
         first = await held_up(batcher, device)
-        rest = [asyncio.create_task(batcher.submit(image_of(v))) for v in (1, 2)]
+        rest = [asyncio.create_task(submit(batcher, image_of(v))) for v in (1, 2)]
         await asyncio.sleep(0)
         device.entered.clear()
         device.open.set()
@@ -224,8 +286,8 @@ def test_models_that_share_a_device_take_turns() -> None:
                 Batcher(device.run, thread, batch_size=at_most(2), max_queue=8) for _ in range(2)
             )
             first = await held_up(one, device)
-            rest = [asyncio.create_task(one.submit(image_of(v))) for v in (1, 2, 3, 4)]
-            rest += [asyncio.create_task(other.submit(image_of(v))) for v in (11, 12, 13)]
+            rest = [asyncio.create_task(submit(one, image_of(v))) for v in (1, 2, 3, 4)]
+            rest += [asyncio.create_task(submit(other, image_of(v))) for v in (11, 12, 13)]
             await asyncio.sleep(0)
             device.open.set()
             await asyncio.wait_for(asyncio.gather(first, *rest), 10)
