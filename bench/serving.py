@@ -131,10 +131,12 @@ class Bench:
         ]
 
     def _takers(self, graph: str) -> list[str]:
-        """Who is measured: with ours on the CPU's own provider only where that is another one."""
+        """Who is measured: ours on the peers' provider only where `auto` finds another one, and
+        `light`, which is about decoding and serving, on no other."""
         bundle = self.bundles[graph]
         found = Detector(bundle.read_graph(), bundle.manifest.image_size, "auto").device
-        skipped = {"ours-cpu"} if found == "cpu" or graph == "light" else set()
+        needless = "ours-cpu" if found == "cpu" else "ours" if graph == "light" else None
+        skipped = {needless} if {"ours", "ours-cpu"} <= set(self.plan.only) else set()
         takers = []
         for name in self.plan.only:
             if name != ENGINE and not KINDS[name].installed():
@@ -145,6 +147,7 @@ class Bench:
 
     def _bare(self, graph: str, clients: int) -> Row:
         flags = ["--bundle", str(self.bundles[graph].folder), "--clients", str(clients)]
+        flags += ["--device", "cpu"] if graph == "light" else []
         return self._run("bench.bare", graph, self.pictures, flags)
 
     def _memory(self) -> None:

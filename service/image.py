@@ -38,6 +38,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(1)
 # Our own limit is checked before any decoding; Pillow's would only warn, and later.
 Image.MAX_IMAGE_PIXELS = None
+# Readers of every format are imported now, not while the first request waits.
+Image.init()
 
 
 @dataclass(frozen=True)
