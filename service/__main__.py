@@ -1,6 +1,7 @@
 """The command line of the service: `python -m service <command> --help`."""
 
 import argparse
+import ctypes
 import gc
 import logging
 import resource
@@ -16,6 +17,8 @@ from service.errors import ServiceError, SettingsError
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +57,7 @@ def _serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     _allow_many_files()
+    return_memory()
     listener = _bind(settings.host, settings.port)  # a taken port fails before models load
     app = create_app(settings)
     # What is there now stays; without this the collector looks through all of it again and again,
@@ -82,6 +86,16 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def return_memory() -> None:
+    """Memory of pictures goes back to the system with them. glibc would otherwise raise its limits
+    to the largest picture that it saw freed, and keep as much for every thread."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc
+            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # smaller ones are had sooner from the heap
+            libc.mallopt(_M_TRIM_THRESHOLD, 8 << 20)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -330,3 +330,25 @@ def test_a_port_that_is_taken_stops_the_start_with_its_number(
     assert result.returncode == 1
     assert str(server.port) in result.stderr
     assert "Traceback" not in result.stderr
+
+
+LARGE_BUFFERS = """
+from bench.processes import resident_mb
+from service.__main__ import return_memory
+import os
+return_memory()
+before = resident_mb(os.getpid())
+for _ in range(2):
+    large, small = [], []
+    for _ in range(20):
+        large.append(bytearray(4_000_000))
+        small.append(bytearray(200_000))
+    del large
+print(resident_mb(os.getpid()) - before)
+"""
+
+
+def test_the_memory_of_large_buffers_goes_back_although_small_ones_lie_between() -> None:
+    command = [sys.executable, "-c", LARGE_BUFFERS]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert float(output) < 40  # MB; glibc by itself keeps the 80 MB of the large ones
