@@ -80,9 +80,11 @@ demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew,
 
 # What the service is measured beside: each in an environment of its own, with the service's pixels.
 PEERS = litserve ray bentoml anomalib
+WIDE = runs/bench/models/wide-resnet50/wide-resnet50/1
 
 bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (20 minutes)
-	.venv/bin/python -m bench.engine --out bench/results/engine
+	.venv/bin/python -m bench.graphs --wide
+	.venv/bin/python -m bench.engine --bundle models/demo/1 $(WIDE) --out bench/results/engine
 	.venv/bin/python -m bench.pixels --out bench/results/pixels
 	.venv/bin/python -m bench.serving --out bench/results/serving
 
