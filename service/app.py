@@ -320,6 +320,7 @@ async def _unless_departed(request: Request, work: Awaitable[T]) -> T | None:
     finally:
         task.cancel()
         departure.cancel()
+        del task  # which has the error, whose traceback has this frame
 
 
 async def _departure(request: Request) -> None:

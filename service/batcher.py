@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -42,8 +42,8 @@ class Answer:
 @dataclass(eq=False)
 class _Waiter:
     answer: "asyncio.Future[Answer]"
-    image: np.ndarray = field(init=False)
-    since: float = field(init=False)
+    prepared: Any = None
+    since: float = 0.0
 
 
 class Batcher:
@@ -98,34 +98,35 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         waiter = _Waiter(loop.create_future())
-        prepared = workers.submit(self._enter, waiter, prepare, loop)
+        entering = workers.submit(self._enter, waiter, prepare, loop)
         del prepare  # the encoded image that it may hold needn't wait
         try:
             answer = await waiter.answer
-            return prepared.result(), answer
+            return waiter.prepared, answer
         finally:
-            prepared.cancel()
+            entering.cancel()
             with self._lock:
                 if waiter in self._waiting:  # cancelled
                     self._waiting.remove(waiter)
+            del waiter, entering  # they have the error, whose traceback has this frame
 
     def _enter(
         self, waiter: _Waiter, prepare: Callable[[], P], loop: asyncio.AbstractEventLoop
-    ) -> P:
+    ) -> None:
         """On a worker: straight into the queue, without a turn of the event loop."""
         try:
-            prepared = prepare()
-            waiter.image, waiter.since = prepared.resized, time.perf_counter()
+            waiter.prepared, waiter.since = prepare(), time.perf_counter()
             with self._lock:
                 if not waiter.answer.done():  # else cancelled
                     if not self._scheduled:
                         self._device_thread.submit(self._run_next, loop)  # it waits for the lock
                         self._scheduled = True
                     self._waiting.append(waiter)
-        except Exception as error:  # the caller's, whatever it is
-            loop.call_soon_threadsafe(_fail, waiter, error)
-            raise
-        return prepared
+        except BaseException as error:
+            loop.call_soon_threadsafe(_fail, waiter, _told(error))
+            raise  # a worker that returns would keep the waiter in its own frame
+        finally:
+            del waiter  # as in `submit`
 
     def _run_next(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the device's thread: one batch of what waits, then back to the end of its queue."""
@@ -142,17 +143,18 @@ class Batcher:
                     self._device_thread.submit(self._run_next, loop)
 
     def _score(self, batch: list[_Waiter]) -> list[Answer] | Exception:
+        """Answers to all of the batch, or what went wrong."""
         started = time.perf_counter()
         try:
             self._on_batch(len(batch))
-            predictions = self._run(np.stack([waiter.image for waiter in batch]))
+            predictions = self._run(np.stack([waiter.prepared.resized for waiter in batch]))
             infer_s = time.perf_counter() - started
             return [
                 Answer(prediction, len(batch), started - waiter.since, infer_s)
                 for waiter, prediction in zip(batch, predictions, strict=True)
             ]
-        except Exception as error:  # every waiter must be answered, whatever went wrong
-            return error
+        except BaseException as error:
+            return _told(error)
 
 
 def _answer(batch: list[_Waiter], outcome: list[Answer] | Exception) -> None:
@@ -166,6 +168,12 @@ def _answer(batch: list[_Waiter], outcome: list[Answer] | Exception) -> None:
 def _fail(waiter: _Waiter, error: Exception) -> None:
     if not waiter.answer.done():  # cancelled
         waiter.answer.set_exception(error)
+
+
+def _told(error: BaseException) -> Exception:
+    """What a caller can be told of anything that ended its work: panics of Rust's are no Exception,
+    and nobody else would ever answer."""
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def _as_service_error(error: Exception) -> ServiceError:

@@ -1,7 +1,10 @@
 """Batches without a timer: shared, bounded, and every caller answered."""
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -250,6 +253,55 @@ def test_what_can_not_be_prepared_is_its_callers_error_alone() -> None:
             assert (await other).prediction.score == 3
 
     assert run(scenario).batches == [[3]]
+
+
+class Panic(BaseException):
+    """As extensions in Rust raise it."""
+
+
+def test_a_panic_is_answered_too_on_a_worker_and_on_the_device() -> None:
+    def panic() -> Prepared:
+        raise Panic("oh")
+
+    def score(images: np.ndarray) -> list[Prediction]:
+        raise Panic("no")
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(score, thread, batch_size=at_most(4), max_queue=4)
+            with pytest.raises(RuntimeError, match="oh"):
+                await asyncio.wait_for(batcher.submit(panic, thread), 10)
+            with pytest.raises(InferenceFailed, match="no"):
+                await asyncio.wait_for(submit(batcher, IMAGE), 10)
+
+    asyncio.run(main())
+
+
+def test_what_failed_is_freed_at_once_with_its_encoded_bytes() -> None:
+    class Encoded:
+        def decode(self) -> Prepared:
+            raise InvalidImage("no picture")
+
+    async def refused(batcher: Batcher, worker: Executor) -> "weakref.ref[Encoded]":
+        encoded = Encoded()
+        with contextlib.suppress(InvalidImage):
+            await batcher.submit(encoded.decode, worker)
+        return weakref.ref(encoded)
+
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        gc.disable()
+        try:
+            with ThreadPoolExecutor(1) as worker:
+                references = [await refused(batcher, worker) for _ in range(3)]
+            for _ in range(500):  # the worker has still to turn to the next
+                await asyncio.sleep(0.01)
+                if not any(reference() for reference in references):
+                    return
+            raise AssertionError("kept for the garbage collector")
+        finally:
+            gc.enable()
+
+    run(scenario)
 
 
 def test_a_caller_that_leaves_during_the_run_does_not_disturb_the_others() -> None:
