@@ -82,7 +82,7 @@ demo-model: .venv/development-$(RUNTIME)  ## train the shipped models/demo anew,
 PEERS = litserve ray bentoml anomalib
 WIDE = runs/bench/models/wide-resnet50/wide-resnet50/1
 
-bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (20 minutes)
+bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (half an hour)
 	.venv/bin/python -m bench.graphs --wide
 	.venv/bin/python -m bench.engine --bundle models/demo/1 $(WIDE) --out bench/results/engine
 	.venv/bin/python -m bench.pixels --out bench/results/pixels
@@ -101,10 +101,11 @@ PIN = .venv/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --no-
 # Peers decode and run the graph with the very versions that the service does.
 SHARED = cykooz-resizer|numpy|onnxruntime|opencv-python-headless|pillow
 
+# Every server parses HTTP with httptools on uvloop; BentoML takes them where they are there.
 constraints: .venv/bin/uv  ## pin the newest versions that pyproject.toml allows
 	$(PIN) --universal --extra cpu --extra gpu --extra training --extra dev pyproject.toml -o constraints.txt
-	for peer in litserve 'ray[serve]' 'bentoml>=1.4' 'anomalib[openvino]'; do \
-	  (echo "$$peer"; grep -E '^($(SHARED))==' constraints.txt) | $(PIN) - -o bench/peers/$${peer%%[[>]*}.txt; done
+	for peer in litserve 'ray[serve]' 'bentoml>=1.4 httptools uvloop' 'anomalib[openvino]'; do \
+	  (printf '%s\n' $$peer; grep -E '^($(SHARED))==' constraints.txt) | $(PIN) - -o bench/peers/$${peer%%[[>]*}.txt; done
 
 clean:  ## remove .venv and what tests and demos left
 	rm -rf .venv runs state .mypy_cache .pytest_cache .ruff_cache

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from service import heatmap, image
+from service import cores, heatmap, image
 from service.bundle import Bundle
 from service.calibration import decide
 
 MAX_BATCH = 8  # the service's default
-CORES = len(os.sched_getaffinity(0))
+CORES = cores.available()
 
 
 class Inspection:
