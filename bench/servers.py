@@ -131,14 +131,15 @@ def serving(
     environment |= {"BENTOML_HOME": str(folder / "bentoml")}
     with log.open("wb") as output:
         started = time.perf_counter()
+        deadline = started + READY_S
         process = subprocess.Popen(
             kind.command(bundle, port, folder), env=environment, stdout=output, stderr=output
         )
         url = kind.url(port, "none") + query
         request = picture_request(url, picture, JPEG, kind.form_field)
         try:
-            while not _answers(port, request):
-                if process.poll() is not None or time.perf_counter() > started + READY_S:
+            while not _answers(port, request, deadline):
+                if process.poll() is not None or time.perf_counter() > deadline:
                     raise RuntimeError(f"{kind.name} doesn't answer:\n{log.read_text()[-2000:]}")
                 time.sleep(POLL_S)
             yield Server(kind, port, process.pid, time.perf_counter() - started)
@@ -146,8 +147,13 @@ def serving(
             _stop(process)
 
 
-def _answers(port: int, request: bytes) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+def _answers(port: int, request: bytes, deadline: float) -> bool:
+    """Whether it says 200 before `deadline`; one that accepts and stays silent doesn't."""
+    left = max(POLL_S, deadline - time.perf_counter())
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", port), timeout=left) as connection,
+    ):
         connection.sendall(request)
         return connection.recv(12).endswith(b"200")
     return False

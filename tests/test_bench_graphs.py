@@ -5,6 +5,7 @@ import pytest
 
 from bench import graphs
 from service.bundle import Bundle
+from service.calibration import decide
 from service.detector import Detector
 
 
@@ -32,7 +33,24 @@ def test_bundles_are_written_once(tmp_path, capsys):
     assert again.manifest == light.manifest  # also the time when it was made
 
 
+def test_a_copy_follows_a_graph_that_was_trained_anew(tmp_path, monkeypatch):
+    before, after = (tmp_path / name / "1" for name in ("before", "after"))
+    for folder, size in ((before, (64, 64)), (after, (32, 32))):
+        graphs._written(folder, graphs.light_graph(size), "none", 1.0)
+    for demo in (before, after):
+        monkeypatch.setattr(graphs, "DEMO", demo)
+        copy = graphs.write(tmp_path / "models")[1]
+        assert copy.name == "resnet18"
+        assert copy.read_graph() == Bundle(demo).read_graph()
+
+
 def test_the_light_bundle_calls_a_picture_normal_until_it_is_black_beside_white(tmp_path):
     light = graphs.write(tmp_path)[0]
+    size = light.manifest.image_size
+    gray, stark = np.full((2, *size, 3), 128, np.uint8)
+    stark[:] = 0
+    stark[0, 0] = 255  # alone in a block of black
+    detector = Detector(light.read_graph(), size, "cpu", threads=1)
     threshold = light.default_calibration().threshold
-    assert threshold == pytest.approx(1, abs=1e-3)
+    scores = [found.score for found in detector.run(np.stack([gray, stark]))]
+    assert [decide(score, threshold) for score in scores] == ["normal", "anomalous"]
