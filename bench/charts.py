@@ -10,13 +10,15 @@ from training.charts import Axis, axis_over
 WIDTH, HEIGHT = 300, 200  # of a panel
 LEFT, TOP, GAP, BOTTOM = 60, 44, 80, 44
 COLOURS = ("#0b6e99", "#d9730d", "#6940a5", "#448361", "#9f6b53", "#c14c8a")
+NOTHING = (1.0,)  # what an axis spans that has nothing on it
 
-Point = tuple[float, float, float]  # parameter, images/s, p99 in ms
+Point = tuple[float, float, float | None]  # parameter, images/s, p99 in ms
 
 
 def lines(title: str, parameter: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """Both panels over one logarithmic parameter; a colour and a name for each series."""
-    xs = np.array([point[0] for points in series.values() for point in points])
+    """Both panels over one logarithmic parameter; a colour and a name for each series, also for one
+    without points."""
+    xs = np.array([point[0] for points in series.values() for point in points] or NOTHING)
     x = Axis(float(xs.min()) / 1.1, float(xs.max()) * 1.1, log=True)
     width, height = 2 * (LEFT + WIDTH) + GAP, TOP + HEIGHT + BOTTOM + 18
     panels = "".join(
@@ -40,7 +42,13 @@ def _panel(
     x: Axis,
     series: Mapping[str, Sequence[Point]],
 ) -> str:
-    values = np.array([point[column] for points in series.values() for point in points])
+    found = {
+        name: [
+            (point[0], value) for point in sorted(points) if (value := point[column]) is not None
+        ]
+        for name, points in series.items()
+    }
+    values = np.array([value for points in found.values() for _, value in points] or NOTHING)
     y = axis_over(values)
     if not y.log:  # from nothing on, so that heights compare
         y = Axis(0.0, float(values.max()) * 1.05)
@@ -57,10 +65,10 @@ def _panel(
         drawn.append(
             f'<text x="{place:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{value:g}</text>'
         )
-    for colour, points in zip(COLOURS, series.values(), strict=False):
+    for colour, points in zip(COLOURS, found.values(), strict=False):
         places = [
-            (left + WIDTH * float(x.at(p[0])), TOP + HEIGHT * (1 - float(y.at(p[column]))))
-            for p in sorted(points)
+            (left + WIDTH * float(x.at(place)), TOP + HEIGHT * (1 - float(y.at(value))))
+            for place, value in points
         ]
         joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
         drawn.append(

@@ -34,6 +34,7 @@ from bench import processes
 WARM_UP_S = 1.0
 DRAIN_S = 60.0  # for what is under way when time is up
 REFUSED_S = 0.1  # before the next try, where nobody listens
+P99_OF = 100  # answers at least: 99 % of fewer are all but the highest
 LOST = "lost"  # in place of a status where the connection broke off
 CONTENT_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 _LENGTH = compile(rb"\r\ncontent-length: *(\d+)", IGNORECASE)
@@ -65,7 +66,7 @@ class Result:
     images_per_s: float
     p50_ms: float | None  # None: nothing was answered
     p95_ms: float | None
-    p99_ms: float | None
+    p99_ms: float | None  # None as well where it would be no more than the highest
     max_ms: float | None
     answered: int  # with 200: what the figures above are of
     errors: dict[str, int]  # everything else, by status
@@ -260,7 +261,7 @@ def summary(answers: list[Answer], seconds: float, before: Usage, after: Usage) 
         images_per_s=len(good) / seconds,
         p50_ms=p50,
         p95_ms=p95,
-        p99_ms=p99,
+        p99_ms=p99 if len(good) >= P99_OF else None,
         max_ms=highest,
         answered=len(good),
         errors=dict(Counter(answer.status for answer in answers if answer.status != "200")),
