@@ -6,7 +6,6 @@ median over rounds, the least and the most.
 
 import json
 import operator
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,14 @@ from typing import Any
 
 from bench import charts
 from bench.servers import PEERS
+from service import cores
 from training import files
 
 Row = dict[str, Any]
 MOST = 32  # clients
-EVERY = (1, 4, 8, MOST)
-FIGURES = (
-    *("images_per_s", "p50_ms", "p95_ms", "p99_ms"),
-    *("load_cores", "server_cores", "server_mb"),
-)
+EVERY = (1, 8, MOST)
+LATENCIES = ("images_per_s", "p50_ms", "p95_ms", "p99_ms")
+COSTS = ("load_cores", "server_cores", "server_mb")
 SCALED = {"size": "side", "batch": "batch", "models": "models"}  # part: what grows in it
 CLOSED_PLAIN = ("closed", "none")  # loop and render of what is plotted against clients
 PLOTTED = {  # part: title and what the axis says
@@ -36,17 +34,22 @@ PLOTTED = {  # part: title and what the axis says
 
 @dataclass(frozen=True)
 class Found:
-    """A figure in each round."""
+    """A figure in each round that has one."""
 
     values: list[float]
+    failed: int = 0  # rows of ours with errors or without an answer, which no goal survives
 
     @property
     def median(self) -> float:
         return statistics.median(self.values)
 
     def text(self, unit: str = "") -> str:
-        spread = f" ({min(self.values):.3g} to {max(self.values):.3g})"
-        return f"{self.median:.3g}{unit}" + (spread if len(self.values) > 1 else "")
+        said = [f"{self.median:.3g}{unit}"] if self.values else []
+        if len(self.values) > 1:
+            said.append(f"({min(self.values):.3g} to {max(self.values):.3g})")
+        if self.failed:
+            said.append(f"with errors in {self.failed}")
+        return " ".join(said)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        assert self.found
+        if self.found is None or self.found.failed:
+            return False
         median = self.found.median
         return (self.at_least is None or median >= self.at_least) and (
             self.at_most is None or median <= self.at_most
@@ -81,7 +85,7 @@ def brief(row: Row) -> str:
     if "images_per_s" in row:
         said.append(f"{row['images_per_s']:.1f} images/s")
     if row.get("p50_ms") is not None:
-        said.append(f"p50 {row['p50_ms']:.1f}, p99 {row['p99_ms']:.1f} ms")
+        said.append(f"p50 {row['p50_ms']:.1f}, p95 {row['p95_ms']:.1f} ms")
     if row.get("errors"):
         said.append(f"errors {row['errors']}")
     if "ready_s" in row:
@@ -92,9 +96,13 @@ def brief(row: Row) -> str:
 
 
 def by_round(rows: Sequence[Row], part: str, value: str, **cell: Any) -> dict[int, float]:
-    """A value of the rows with this cell, by round; none where nothing was answered."""
-    wanted = {"part": part, **cell}.items()
-    return {row["round"]: row[value] for row in rows if wanted <= row.items() and row[value]}
+    """A value of the rows with this cell, by round; none where nothing was answered, or too little
+    for a p99."""
+    return {row["round"]: row[value] for row in _with(rows, part=part, **cell) if row[value]}
+
+
+def _with(rows: Sequence[Row], **cell: Any) -> list[Row]:
+    return [row for row in rows if cell.items() <= row.items()]
 
 
 def compared(
@@ -106,7 +114,8 @@ def compared(
     best: Callable[..., float] = max,
     **cell: Any,
 ) -> Found | None:
-    """Ours against the best of the others, in every round that has both."""
+    """Ours against the best of the others, in every round that has both; None where none has and
+    none of ours failed."""
     mine = by_round(rows, "load", value, server=server, **cell)
     theirs = [by_round(rows, "load", value, server=other, **cell) for other in others]
     found = []
@@ -114,7 +123,9 @@ def compared(
         there = [each[number] for each in theirs if number in each]
         if there:
             found.append(of(ours, best(there)))
-    return Found(found) if found else None
+    asked = _with(rows, part="load", server=server, **cell)
+    failed = sum(bool(row["errors"]) or not row["answered"] for row in asked)
+    return Found(found, failed) if found or failed else None
 
 
 def worst_p99(rows: Sequence[Row], server: str, graph: str) -> Found | None:
@@ -126,25 +137,29 @@ def worst_p99(rows: Sequence[Row], server: str, graph: str) -> Found | None:
         for render in ("none", "heatmap")
     ]
     measured = [each for each in found if each]
-    return max(measured, key=lambda each: each.median) if measured else None
+    if not measured:
+        return None
+    worst = max(
+        (each.values for each in measured if each.values), key=statistics.median, default=[]
+    )
+    return Found(worst, sum(each.failed for each in measured))
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """All of them; what the rows don't hold has no figure."""
-    same = "ours-cpu" if any(row["server"] == "ours-cpu" for row in rows) else "ours"
+    same = {graph: _on_the_peers_provider(rows, graph) for graph in ("light", "resnet18")}
     starts = by_round(rows, "start", "ready_s", server="ours", graph="resnet18")
-    memory = [row["resident_mb"] for row in rows if row["part"] == "memory"]
     return [
-        *_engine_goals(rows, same, "light"),
+        *_engine_goals(rows, same["light"], "light"),
         *_engine_goals(rows, "ours", "resnet18"),
         Goal(
             f"light: images/s over the best peer's, {MOST} clients",
-            _throughput(rows, same, PEERS, "light"),
+            _throughput(rows, same["light"], PEERS, "light"),
             at_least=1.5,
         ),
         Goal(
             f"resnet18: the same, ours on the peers' provider, {MOST} clients",
-            _throughput(rows, same, PEERS, "resnet18"),
+            _throughput(rows, same["resnet18"], PEERS, "resnet18"),
             at_least=1.0,
         ),
         Goal(
@@ -154,12 +169,12 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         ),
         Goal(
             "light: p99 over the best peer's, worst load",
-            worst_p99(rows, same, "light"),
+            worst_p99(rows, same["light"], "light"),
             at_most=1.0,
         ),
         Goal(
             "resnet18: p99 over the best peer's, worst load",
-            worst_p99(rows, same, "resnet18"),
+            worst_p99(rows, same["resnet18"], "resnet18"),
             at_most=1.0,
         ),
         Goal(
@@ -170,10 +185,23 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         ),
         Goal(
             "resident memory after 10,000 over that after 1,000 mixed requests",
-            Found([resident[-1] / resident[0] for resident in memory]) if memory else None,
+            _growth(rows),
             at_most=1.05,
         ),
     ]
+
+
+def _on_the_peers_provider(rows: Sequence[Row], graph: str) -> str:
+    """Ours where it was told to use that provider, or where `auto` finds no other one."""
+    return "ours-cpu" if _with(rows, server="ours-cpu", graph=graph) else "ours"
+
+
+def _growth(rows: Sequence[Row]) -> Found | None:
+    """Of memory; a damaged picture is answered with 400."""
+    memory = _with(rows, part="memory")
+    failed = sum(not {"200"} <= row["statuses"].keys() <= {"200", "400"} for row in memory)
+    grown = [row["resident_mb"][-1] / row["resident_mb"][0] for row in memory]
+    return Found(grown, failed) if memory else None
 
 
 def _engine_goals(rows: Sequence[Row], ours: str, graph: str) -> list[Goal]:
@@ -214,15 +242,18 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _goals_table(rows: Sequence[Row]) -> str:
+    """All goals, as soon as there is anything to judge them by."""
     body = [
         [
             goal.name,
             goal.wanted,
-            goal.found.text(goal.unit),
-            "yes" if goal.met else "**no**",
+            *(
+                [goal.found.text(goal.unit), "yes" if goal.met else "**no**"]
+                if goal.found
+                else ["not measured", ""]
+            ),
         ]
-        for goal in goals(rows)
-        if goal.found
+        for goal in (goals(rows) if rows else [])
     ]
     return _table(["goal", "wanted", "found", "met"], body)
 
@@ -239,7 +270,9 @@ def _load_table(rows: Sequence[Row]) -> str:
             f"{graph}, {render}",
             f"{clients} clients" if loop == "closed" else "70 %, Poisson",
             server,
-            *(_figure(found, key) for key in FIGURES),
+            *(_figure(found, key) for key in LATENCIES),
+            _figure(found, "late_ms") if loop == "open" else "",
+            *(_figure(found, key) for key in COSTS),
             str(sum(sum(row["errors"].values()) for row in found)),
             f"`{found[0]['command']}`",
         ]
@@ -248,7 +281,7 @@ def _load_table(rows: Sequence[Row]) -> str:
         )
     ]
     head = ["graph, render", "load", "server", "images/s", "p50 ms", "p95 ms", "p99 ms"]
-    head += ["generator, cores", "server, cores", "server, MB", "errors", "again"]
+    head += ["sent late, ms", "generator, cores", "server, cores", "server, MB", "errors", "again"]
     return _table(head, body)
 
 
@@ -311,15 +344,17 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
 
 
 def _points(rows: Sequence[Row], parameter: str) -> list[charts.Point]:
-    """Medians over rounds, where something was answered."""
+    """Medians over rounds, where something was answered; p99 where all have one."""
     return [
         (
             place,
             statistics.median(row["images_per_s"] for row in there),
-            statistics.median(row["p99_ms"] for row in there),
+            None
+            if any(row["p99_ms"] is None for row in there)
+            else statistics.median(row["p99_ms"] for row in there),
         )
         for place, there in _grouped(rows, parameter).items()
-        if all(row["p99_ms"] is not None for row in there)
+        if all(row["answered"] for row in there)
     ]
 
 
@@ -336,4 +371,4 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+    return f"{cores.available()} cores of {name}"

@@ -13,7 +13,11 @@ def row(server: str, images_per_s: float, number: int = 0, **changed: object) ->
     cell = {"part": "load", "server": server, "graph": "light", "render": "none", "round": number}
     cell |= {"loop": "closed", "clients": 32, "images_per_s": images_per_s, "command": "again"}
     figures = {"p50_ms": 5.0, "p95_ms": 8.0, "p99_ms": 9.0, "errors": {}, "load_cores": 0.1}
+    figures |= {"answered": 1000, "late_ms": 0.7}
     return {**cell, **figures, "server_cores": 1.5, "server_mb": 200.0, **changed}
+
+
+NOTHING = {"p50_ms": None, "p95_ms": None, "p99_ms": None, "errors": {"500": 7}, "answered": 0}
 
 
 def goal(rows: list[report.Row], words: str) -> report.Goal:
@@ -30,7 +34,7 @@ def test_a_slow_round_changes_no_ratio():
 
 
 def test_a_round_without_the_other_is_left_out():
-    rows = [row("ours", 300), row("ours", 300, 1), row("ray", 150, 1), row("ray", None, 0)]
+    rows = [row("ours", 300), row("ours", 300, 1), row("ray", 150, 1), row("ray", 0, **NOTHING)]
     assert by_round(rows, "load", "images_per_s", server="ray") == {1: 150}
     assert compared(rows, "images_per_s", "ours", ["ray", "litserve"]) == Found([2])
     assert compared(rows, "images_per_s", "ours", ["litserve"]) is None
@@ -53,6 +57,33 @@ def test_p99_is_judged_at_the_load_where_it_compares_worst():
     assert not goal(rows, "light: p99").met
 
 
+def test_a_load_at_which_one_side_answered_too_little_has_no_p99_to_compare():
+    rows = [row("ours", 1, p99_ms=5), row("ray", 1, p99_ms=10)]
+    rows += [row("ours", 1, clients=1, p99_ms=30), row("ray", 1, clients=1, p99_ms=None)]
+    rows += [row("ours", 1, clients=8, p99_ms=None), row("ray", 1, clients=8, p99_ms=1)]
+    assert worst_p99(rows, "ours", "light") == Found([0.5])
+
+
+@pytest.mark.parametrize("outage", [NOTHING, {"errors": {"lost": 1}}])
+def test_a_round_in_which_ours_failed_misses_its_goals(outage):
+    rows = [row("ours", 400), row("ray", 100), row("ours", 400, 1), row("ray", 100, 1)]
+    assert goal(rows, "light: images/s over the best peer's").met
+    rows.append(row("ours", 0 if outage == NOTHING else 400, 2, **outage))
+    for words in ("light: images/s over the best peer's", "light: p99"):
+        failed = goal(rows, words)
+        assert failed.found.failed and not failed.met
+        assert failed.found.text().endswith("with errors in 1")
+    assert "with errors in 1 | **no** |" in markdown(rows)
+    rows = [row("ours", 0, **NOTHING), row("ray", 100)]
+    assert goal(rows, "light: images/s over the best peer's").found == Found([], failed=1)
+    assert not goal(rows, "light: p99").met
+
+
+def test_an_outage_of_a_peer_is_no_fault_of_ours():
+    rows = [row("ours", 400), row("ray", 100), row("bentoml", 0, **NOTHING)]
+    assert goal(rows, "light: images/s over the best peer's").met
+
+
 def test_on_the_peers_provider_ours_is_the_one_that_was_told_to_use_it():
     rows = [row(name, rate, graph="resnet18") for name, rate in (("ours", 50), ("ray", 20))]
     assert goal(rows, "the peers' provider").found == Found([2.5])
@@ -61,30 +92,57 @@ def test_on_the_peers_provider_ours_is_the_one_that_was_told_to_use_it():
     assert goal(rows, "that it chooses").found == Found([2.5])
 
 
+def test_each_graph_has_goals_whether_or_not_another_one_was_measured_on_two_devices():
+    rows = [row("ours", 300), row("engine", 300), row("ray", 150)]
+    rows += [row("ours", 50, graph="resnet18"), row("ours-cpu", 30, graph="resnet18")]
+    rows.append(row("ray", 20, graph="resnet18"))
+    assert goal(rows, "light: images/s over the bare engine's").found == Found([1])
+    assert goal(rows, "light: images/s over the best peer's").found == Found([2])
+    assert goal(rows, "light: p99").found == Found([1])
+    assert goal(rows, "the peers' provider").found == Found([1.5])
+
+
 def test_starts_and_memory_have_limits():
     rows = [{"part": "start", "server": "ours", "graph": "resnet18", "round": 0, "ready_s": 5.1}]
     resident = [100.0, 110.0, 104.0]
     rows.append({"part": "memory", "server": "ours", "graph": "light", "resident_mb": resident})
+    rows[-1]["statuses"] = {"200": 9000, "400": 1000}
     assert not goal(rows, "start to first answer").met
     assert goal(rows, "resident memory").found == Found([1.04])
     assert goal(rows, "resident memory").met
+    rows[-1]["statuses"]["500"] = 1
+    assert not goal(rows, "resident memory").met
 
 
-def test_only_what_was_measured_is_in_the_table():
+def test_loads_that_were_measured_are_in_the_table_and_goals_that_were_not_say_so():
     assert markdown([]).strip() == ""
     text = markdown([row("ours", 123.4), row("ray", 100.0, errors={"500": 2})])
-    assert "| light, none | 32 clients | ours | 123 | 5 | 8 | 9 | 0.1 | 1.5 | 200 | 0 | `again` |"
-    assert "| ray | 100 | 5 | 8 | 9 | 0.1 | 1.5 | 200 | 2 | `again` |" in text
+    assert (
+        "| light, none | 32 clients | ours | 123 | 5 | 8 | 9 |  | 0.1 | 1.5 | 200 | 0 | `again` |"
+        in text
+    )
+    assert "| ray | 100 | 5 | 8 | 9 |  | 0.1 | 1.5 | 200 | 2 | `again` |" in text
+    assert "| start to first answer, demo bundle | <= 5 s | not measured |  |" in text
     assert "| >= 1.5 | 1.23 | **no** |" in text
-    assert "engine" not in text
+    assert "| engine |" not in text
+
+
+def test_how_late_the_generator_was_is_told_of_the_open_loop():
+    text = markdown([row("ours", 100.0, loop="open")])
+    assert "| 70 %, Poisson | ours | 100 | 5 | 8 | 9 | 0.7 |" in text
 
 
 def test_a_row_in_which_nothing_was_answered_is_told_and_not_drawn():
-    nothing = {"p50_ms": None, "p95_ms": None, "p99_ms": None, "errors": {"500": 7}}
-    rows = [row("ours", 100.0), row("ray", 0.0, **nothing)]
+    rows = [row("ours", 100.0), row("ray", 0.0, **NOTHING)]
     assert "| ray | 0 |  |  |  |" in markdown(rows)
     assert "0.0 images/s, errors {'500': 7}" in report.brief(rows[1])
     assert len(circles(plots(rows)["clients-light.svg"])) == 2  # of ours, in both panels
+    assert circles(plots(rows[1:])["clients-light.svg"]) == []
+
+
+def test_without_a_p99_throughput_is_drawn_all_the_same():
+    drawn = plots([row("ours", 100.0, p99_ms=None), row("ours", 90.0, clients=1)])
+    assert len(circles(drawn["clients-light.svg"])) == 2 + 1
 
 
 def test_every_growth_is_drawn():

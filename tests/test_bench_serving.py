@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import cv2
@@ -61,10 +62,10 @@ def test_the_command_of_a_row_measures_that_row_alone(folder):
     rows = measured(
         folder,
         *("--part", "load", "--only", "ours", "--graph", "light"),
-        *("--render", "heatmap", "--clients", "4"),
+        *("--render", "heatmap", "--clients", "8"),
     )
     load = rows[-1]
-    assert (load["render"], load["clients"]) == ("heatmap", 4)
+    assert (load["render"], load["clients"]) == ("heatmap", 8)
     words = shlex.split(load["command"])
     assert words[:3] == ["python", "-m", "bench.serving"]
     again = measured(folder, *words[3:])
@@ -111,6 +112,54 @@ def test_a_server_that_does_not_start_is_told_with_what_it_said(tmp_path):
     starting = servers.serving(KINDS["ours"], nowhere, tmp_path, b"")
     with pytest.raises(RuntimeError, match="(?s)ours doesn't answer:.*No such file"):
         starting.__enter__()
+
+
+def test_a_server_that_accepts_and_stays_silent_is_given_up(folder, tmp_path, monkeypatch):
+    light = graphs.write(folder / "models")[0]
+    code = "import socket, sys, time; listening = socket.create_server(('127.0.0.1', {port})); "
+    code += "print('here', flush=True); kept = listening.accept(); time.sleep(60)"
+
+    def command(bundle: Path, port: int, folder: Path) -> list[str]:
+        return [sys.executable, "-c", code.format(port=port)]
+
+    monkeypatch.setattr(servers, "READY_S", 2.0)
+    silent = servers.serving(
+        servers.Kind("silent", command, {"none": "/"}), light.folder, tmp_path, b""
+    )
+    with pytest.raises(RuntimeError, match="(?s)silent doesn't answer:.*here"):
+        silent.__enter__()
+
+
+def test_what_was_measured_before_a_failure_is_written(folder, monkeypatch):
+    monkeypatch.setattr(serving, "SIDES", (256, 512))
+    asked = serving.Bench._ask
+
+    def fails_later(bench: serving.Bench, *args: object, **options: object) -> report.Row:
+        if bench.rows:
+            raise RuntimeError("it has gone")
+        return asked(bench, *args, **options)
+
+    monkeypatch.setattr(serving.Bench, "_ask", fails_later)
+    with pytest.raises(RuntimeError, match="it has gone"):
+        measured(folder, "--part", "size")
+    rows = json.loads((folder / "out" / "rows.json").read_text())["rows"]
+    assert [row["side"] for row in rows] == [256]
+
+
+def test_where_nothing_was_answered_no_open_loop_follows(folder, monkeypatch):
+    asked = []
+
+    def nothing(bench: serving.Bench, *args: object, rate: float | None = None) -> report.Row:
+        asked.append(rate)
+        nothing = {"images_per_s": 0.0, "answered": 0, "errors": {"lost": 9}}
+        return nothing | {f"p{rank}_ms": None for rank in (50, 95, 99)}
+
+    monkeypatch.setattr(serving.Bench, "_ask", nothing)
+    flags = ["--part", "load", "--only", "ours", "--graph", "light", "--render", "none"]
+    rows = measured(folder, *flags, "--clients", "32")
+    assert asked == [None]
+    assert [row["loop"] for row in rows if row["part"] == "load"] == ["closed"]
+    assert "with errors in 1 | **no** |" in (folder / "out" / "table.md").read_text()
 
 
 def test_a_paused_server_stands_still_and_goes_on_and_ends_for_good(folder, tmp_path):
