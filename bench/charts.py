@@ -9,7 +9,15 @@ from training.charts import Axis, axis_over
 
 WIDTH, HEIGHT = 300, 200  # of a panel
 LEFT, TOP, GAP, BOTTOM = 60, 44, 80, 44
-COLOURS = ("#0b6e99", "#d9730d", "#6940a5", "#448361", "#9f6b53", "#c14c8a")
+COLOURS = {  # a server has its own in every plot
+    "ours": "#0b6e99",
+    "ours-cpu": "#5ab0d0",
+    "litserve": "#d9730d",
+    "ray": "#6940a5",
+    "bentoml": "#448361",
+    "engine": "#9f6b53",
+}
+OTHER = "#333"
 NOTHING = (1.0,)  # what an axis spans that has nothing on it
 
 Point = tuple[float, float, float | None]  # parameter, images/s, p99 in ms
@@ -65,7 +73,8 @@ def _panel(
         drawn.append(
             f'<text x="{place:.1f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{value:g}</text>'
         )
-    for colour, points in zip(COLOURS, found.values(), strict=False):
+    for name, points in found.items():
+        colour = COLOURS.get(name, OTHER)
         places = [
             (left + WIDTH * float(x.at(place)), TOP + HEIGHT * (1 - float(y.at(value))))
             for place, value in points
@@ -82,7 +91,8 @@ def _panel(
 
 def _legend(series: Mapping[str, Sequence[Point]], y: int) -> str:
     drawn, x = [], LEFT
-    for colour, name in zip(COLOURS, series, strict=False):
+    for name in series:
+        colour = COLOURS.get(name, OTHER)
         drawn.append(f'<rect x="{x}" y="{y - 8}" width="10" height="8" fill="{colour}"/>')
         drawn.append(f'<text x="{x + 14}" y="{y}">{escape(name)}</text>')
         x += 30 + 7 * len(name)

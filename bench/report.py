@@ -20,7 +20,7 @@ from training import files
 
 Row = dict[str, Any]
 MOST = 32  # clients
-EVERY = (1, 8, MOST)
+EVERY = (1, 4, 8, MOST)
 LATENCIES = ("images_per_s", "p50_ms", "p95_ms", "p99_ms")
 COSTS = ("load_cores", "server_cores", "server_mb")
 SCALED = {"size": "side", "batch": "batch", "models": "models"}  # part: what grows in it

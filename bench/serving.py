@@ -3,7 +3,7 @@
     make bench-peers && python -m bench.serving --out bench/results/serving
     python -m bench.serving --part load --only litserve --graph light --render none --clients 32
 
-    load      closed loop at 1, 8 and 32 clients; open loop at 70 % of what 32 clients got
+    load      closed loop at 1, 4, 8 and 32 clients; open loop at 70 % of what 32 clients got
     memory    resident memory after 1,000 and 10,000 mixed requests
     size      how cost grows with the side of the pictures that are sent,
     batch       with the largest batch that is allowed,
@@ -42,7 +42,7 @@ FOLDER = Path("runs/bench")
 PARTS = ("load", "memory", "size", "batch", "models", "anomalib")
 GRAPHS = ("light", "resnet18", "wide-resnet50")
 RENDERS = ("none", "heatmap")
-CLIENTS = (1, 8, 32)
+CLIENTS = (1, 4, 8, 32)
 ENGINE = "engine"
 OPEN_LOAD = 0.7
 SIDE, PICTURES = 512, 4
