@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def test_a_rehearsal_that_is_terminated_takes_its_service_along(bundle, labelled
         time.sleep(0.02)
     rehearsal.terminate()
 
-    assert rehearsal.wait(60) == 130
+    # A shell says 130 of both: Python ends itself by SIGINT where the interrupt went through an
+    # `exec` of text, as when an import makes a dataclass, although it was caught further out.
+    assert rehearsal.wait(60) in (130, -signal.SIGINT)
     assert services() == []
 
 
