@@ -168,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + table(rows, shares, told))
     if arguments.out:
         record = {"rows": rows, "map_share": shares, "told": told}
-        files.write_text(
-            arguments.out / "engine.json", json.dumps(record, indent=1) + "\n", "--out"
-        )
+        files.write_json(arguments.out / "engine.json", record, "--out")
         files.write_text(arguments.out / "engine.md", table(rows, shares, told) + "\n", "--out")
     return 0
 

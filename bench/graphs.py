@@ -11,7 +11,7 @@ weights: it takes the time of a trained one, and its scores mean nothing.
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -131,27 +131,17 @@ def write(folder: Path, *, wide: bool = False) -> list[Bundle]:
     What is there stays, as bundles never change, but for a demo that has been trained anew: delete
     the folder to have the others made anew.
     """
-    made = [_light(folder / "light" / "light" / "1"), _demo(folder / "resnet18" / "resnet18" / "1")]
+
+    def target(name: str) -> Path:
+        return folder / name / name / "1"
+
+    made = [
+        _made(target("light"), light_graph, "none", LIGHT_THRESHOLD),
+        copied(Bundle(DEMO), target("resnet18")),
+    ]
     if wide:
-        made.append(_wide(folder / "wide-resnet50" / "wide-resnet50" / "1"))
+        made.append(_made(target("wide-resnet50"), wide_graph, "wide_resnet50_2", 3.0))
     return [Bundle(each) for each in made]
-
-
-def _light(target: Path) -> Path:
-    return (
-        _written(target, light_graph(), "none", LIGHT_THRESHOLD) if not target.exists() else target
-    )
-
-
-def _wide(target: Path) -> Path:
-    if target.exists():
-        return target
-    return _written(target, wide_graph(), "wide_resnet50_2", 3.0)
-
-
-def _demo(target: Path) -> Path:
-    """The demo's graph under the name of its backbone."""
-    return copied(Bundle(DEMO), target)
 
 
 def copied(bundle: Bundle, target: Path) -> Path:
@@ -164,8 +154,10 @@ def copied(bundle: Bundle, target: Path) -> Path:
     return target
 
 
-def _written(target: Path, graph: bytes, backbone: str, threshold: float) -> Path:
-    bundles.write(target, manifest_of(graph, target.parent.name, backbone, threshold), graph)
+def _made(target: Path, make: Callable[[], bytes], backbone: str, threshold: float) -> Path:
+    if not target.exists():
+        graph = make()
+        bundles.write(target, manifest_of(graph, target.parent.name, backbone, threshold), graph)
     return target
 
 

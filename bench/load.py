@@ -71,9 +71,7 @@ class Result:
     answered: int  # with 200: what the figures above are of
     errors: dict[str, int]  # everything else, by status
     seconds: float
-    late_ms: (
-        float | None
-    )  # the generator's own fault: 99 % were sent sooner than this after their moment
+    late_ms: float | None  # the generator's fault: 99 % were sent sooner after their moment
     load_cores: float  # processor time of the generator over wall time
     server_cores: float | None  # of the server and its descendants
     server_mb: float | None

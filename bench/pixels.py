@@ -9,7 +9,6 @@ rendered is the demo's of the README's cracked part.
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -168,9 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows, told))
     if arguments.out:
         record = {"rows": rows, "told": told}
-        files.write_text(
-            arguments.out / "pixels.json", json.dumps(record, indent=1) + "\n", "--out"
-        )
+        files.write_json(arguments.out / "pixels.json", record, "--out")
         files.write_text(arguments.out / "pixels.md", table(rows, told) + "\n", "--out")
     return 0
 

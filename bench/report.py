@@ -4,7 +4,6 @@ A ratio is formed within a round, from rows that differ in nothing but the serve
 median over rounds, the least and the most.
 """
 
-import json
 import operator
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,10 +16,11 @@ from bench import charts
 from bench.servers import PEERS
 from service import cores
 from training import files
+from training.benchmark import processor
 
 Row = dict[str, Any]
-MOST = 32  # clients
-EVERY = (1, 4, 8, MOST)
+CLIENTS = (1, 4, 8, 32)
+MOST = CLIENTS[-1]
 LATENCIES = ("images_per_s", "p50_ms", "p95_ms", "p99_ms")
 COSTS = ("load_cores", "server_cores", "server_mb")
 SCALED = {"size": "side", "batch": "batch", "models": "models"}  # part: what grows in it
@@ -130,7 +130,7 @@ def compared(
 
 def worst_p99(rows: Sequence[Row], server: str, graph: str) -> Found | None:
     """Our p99 over the lowest of the peers', at the load where that is highest."""
-    loads: list[Row] = [{"loop": "closed", "clients": n} for n in EVERY] + [{"loop": "open"}]
+    loads: list[Row] = [{"loop": "closed", "clients": n} for n in CLIENTS] + [{"loop": "open"}]
     found = [
         compared(rows, "p99_ms", server, PEERS, best=min, graph=graph, render=render, **each)
         for each in loads
@@ -361,7 +361,7 @@ def _points(rows: Sequence[Row], parameter: str) -> list[charts.Point]:
 def write(folder: Path, rows: Sequence[Row]) -> None:
     about = {"hardware": hardware(), "date": str(date.today())}
     record = {**about, "rows": rows}
-    files.write_text(folder / "rows.json", json.dumps(record, indent=1) + "\n", "--out")
+    files.write_json(folder / "rows.json", record, "--out")
     text = f"{hardware()}; {date.today()}. Medians over rounds.\n\n{markdown(rows)}"
     files.write_text(folder / "table.md", text, "--out")
     for name, drawn in plots(rows).items():
@@ -369,6 +369,4 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{cores.available()} cores of {name}"
+    return f"{cores.available()} cores of {processor()}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench import processes
 from bench.load import picture_request
+from training.rehearsal import free_port
 
 ENVIRONMENTS = Path("runs/bench/env")
 READY_S = 120.0
@@ -125,7 +126,7 @@ def serving(
 
     Raises RuntimeError with the file's end where it stops or doesn't answer.
     """
-    port = _free_port()
+    port = free_port()
     log = folder / f"{kind.name}.log"
     environment = os.environ | {"BENCH_BUNDLE": str(bundle.resolve())} | kind.environment
     environment |= {"BENTOML_HOME": str(folder / "bentoml")}
@@ -176,9 +177,3 @@ def _signal(pid: int, number: signal.Signals) -> None:
     for each in processes.tree(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -34,6 +34,7 @@ import numpy as np
 import uvloop
 
 from bench import graphs, load, processes, report
+from bench.report import CLIENTS, MOST
 from bench.servers import ENVIRONMENTS, KINDS, Kind, Server, ours, serving
 from service.bundle import Bundle
 from service.detector import Detector
@@ -42,7 +43,6 @@ FOLDER = Path("runs/bench")
 PARTS = ("load", "memory", "size", "batch", "models", "anomalib")
 GRAPHS = ("light", "resnet18", "wide-resnet50")
 RENDERS = ("none", "heatmap")
-CLIENTS = (1, 4, 8, 32)
 ENGINE = "engine"
 OPEN_LOAD = 0.7
 SIDE, PICTURES = 512, 4
@@ -114,7 +114,7 @@ class Bench:
             if name != ENGINE:
                 found = self._ask(servers[name], graph, render, clients)
                 self._add("load", cell, found)
-                most = clients == CLIENTS[-1] and (render == "none" or graph == "light")
+                most = clients == MOST and (render == "none" or graph == "light")
                 if most and found["answered"]:  # at once, while the machine is as it was
                     rate = OPEN_LOAD * found["images_per_s"]
                     found = self._ask(servers[name], graph, render, clients, rate=rate)
@@ -127,7 +127,7 @@ class Bench:
         return [
             (render, clients)
             for render, clients in product(self.plan.renders, self.plan.clients)
-            if render == "none" or graph == "light" or clients == CLIENTS[-1]
+            if render == "none" or graph == "light" or clients == MOST
         ]
 
     def _takers(self, graph: str) -> list[str]:
@@ -173,7 +173,7 @@ class Bench:
         for most in BATCHES:
             kind = ours("ours", "--max-batch-size", str(most))
             with self._serving(kind, self.bundles["resnet18"]) as server:
-                found = self._ask(server, "resnet18", "none", CLIENTS[-1])
+                found = self._ask(server, "resnet18", "none", MOST)
             self._add("batch", {"server": "ours", "graph": "resnet18", "batch": most}, found)
 
     def _models(self) -> None:

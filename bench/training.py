@@ -11,7 +11,6 @@ alike; before that, all must give the same loss.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -270,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "features_s_per_image": filling,
             "recipes": table,
         }
-        files.write_text(arguments.json, json.dumps(record, indent=2) + "\n", "--json")
+        files.write_json(arguments.json, record, "--json")
     return 0
 
 

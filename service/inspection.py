@@ -148,7 +148,11 @@ class Inspector:
 
         # A good part without a picture is done sooner than a worker would be called.
         drawn = render != "none" or answer.prediction.score >= limit
-        inspected = await self._on_worker(depict) if drawn else depict()
+        if drawn:
+            loop = asyncio.get_running_loop()
+            inspected = await loop.run_in_executor(self._workers, depict)
+        else:
+            inspected = depict()
         self._observe(inspected.inspection)
         return inspected
 
@@ -333,9 +337,6 @@ class Inspector:
             pixels = image.decode(data, self._settings.max_image_pixels)
             return heatmap.overlay(anomaly_map, threshold, pixels, media_type or "image/jpeg")
         return None
-
-    async def _on_worker(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _observe(self, inspection: Inspection) -> None:
         for stage, value in inspection.timing_ms:

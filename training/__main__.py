@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import logging
 import shlex
 import signal
@@ -500,7 +499,7 @@ def _check_json(path: Path | None) -> None:
 
 def _write_json(path: Path | None, record: dict[str, object]) -> None:
     if path:
-        files.write_text(path, json.dumps(record, indent=2) + "\n", "--json")
+        files.write_json(path, record, "--json")
 
 
 if __name__ == "__main__":

@@ -246,11 +246,16 @@ def hardware(device: torch.device) -> str:
     """The GPU or processor that trains, and how many threads it does."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The processor's own name where Linux tells it, else its architecture's."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 def software() -> str:

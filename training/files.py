@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from training.errors import TrainingError
 
@@ -31,6 +33,11 @@ def write_text(path: Path, text: str, flag: str) -> None:
         replace(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise TrainingError(f"{flag} {path}: can't be written: {error.strerror}") from error
+
+
+def write_json(path: Path, record: Any, flag: str) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(record, indent=2) + "\n", flag)
 
 
 def check_writable(path: Path, flag: str) -> None:
