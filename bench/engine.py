@@ -3,13 +3,16 @@
     python -m bench.engine [--bundle models/demo/1 ...] [--out bench/results/engine]
 
 Devices take turns and are compared within each round. The change of a score is the largest, on
-drawn parts, from ONNX Runtime's on the CPU in float32. `openvino itself` is OpenVINO with its own
-defaults on the whole graph, as its documentation shows it. The share of the map (upsampling, blur
-and maximum) is from ONNX Runtime's profile of its nodes on the CPU.
+drawn parts, from ONNX Runtime's on the CPU in float32. `cuda float16` is the graph that `export
+--precision float16` would write, `openvino itself` OpenVINO with its own defaults on the whole
+graph, as its documentation shows it. TFLOP/s count convolutions and matrix products; on a GPU a
+large float16 product by torch tells its ceiling. The share of the map (upsampling, blur and
+maximum) is from ONNX Runtime's profile of its nodes on the CPU.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +33,13 @@ from service.bundle import Bundle
 from service.devices import Device, Precision
 from service.errors import DeviceUnavailable
 from training import files
-from training.benchmark import hardware
+from training.benchmark import processor
+from training.precision import compute_in_float16
 from training.synthetic import draw
 
 BATCHES = (1, 8)
 CUDA_BATCHES = (1, 8, 32)
+GPU_SIDE = 8192
 PROBES = 16
 FIRST = "cpu float32"
 CHOICES: tuple[tuple[Device, Precision], ...] = (
@@ -54,6 +59,8 @@ def runs(graph: bytes, threads: int) -> Iterator[tuple[str, Run]]:
             print(f"left out: {error}", file=sys.stderr)
             continue
         yield f"{device} {session.precision}", session.run
+        if precision == "tf32":  # so CUDA is here
+            yield "cuda float16", devices.open_session(compute_in_float16(graph), "cuda").run
     if devices.has_openvino():
         yield "openvino itself", _openvino_itself(graph, threads)
 
@@ -73,7 +80,7 @@ def _openvino_itself(graph: bytes, threads: int) -> Run:
 def measure(bundle: Bundle, threads: int, rounds: int) -> list[Row]:
     """A row for everything that runs, at every size of batch."""
     graph, images = bundle.read_graph(), parts(bundle.manifest.image_size)
-    found = dict(runs(graph, threads))
+    found, work = dict(runs(graph, threads)), gflop(graph)
     exact = scores(found[FIRST], images)
     changes = {n: np.abs(scores(run, images) / exact - 1).max() for n, run in found.items()}
     rows = []
@@ -83,6 +90,7 @@ def measure(bundle: Bundle, threads: int, rounds: int) -> list[Row]:
         for name, taken in timed(works, rounds).items():
             row = {"graph": bundle.name, "engine": name, "batch": batch}
             row |= {"ms_per_image": 1e3 * taken.seconds / batch} | asdict(taken)
+            row |= {"tflop_per_s": work * batch / taken.seconds / 1e3}
             rows.append(row | {"score_change": float(changes[name])})
             print(brief(rows[-1]), flush=True)
     return rows
@@ -98,6 +106,40 @@ def parts(size: tuple[int, int]) -> np.ndarray:
 
 def scores(run: Run, images: np.ndarray) -> np.ndarray:
     return np.concatenate([run(images[i : i + 8])[1] for i in range(0, len(images), 8)])
+
+
+def gflop(graph: bytes) -> float:
+    """Multiplications and additions of one image's convolutions and matrix products, in 1e9."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(graph))
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        shapes[value.name] = [dim.dim_value or 1 for dim in dims]  # a free one is the batch
+    total = 0
+    for node in model.graph.node:
+        first, second = (shapes.get(name, []) for name in (*node.input, "")[:2])
+        if node.op_type == "Conv":
+            total += 2 * math.prod(shapes[node.output[0]]) * math.prod(second[1:])
+        elif node.op_type == "ConvTranspose":
+            total += 2 * math.prod(first) * math.prod(second[1:])
+        elif node.op_type == "MatMul":
+            total += 2 * math.prod(shapes[node.output[0]]) * first[-1]
+    return total / 1e9
+
+
+def gpu() -> str:
+    """The GPU and the float16 matrix product that is its ceiling; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    matrix = torch.randn(GPU_SIDE, GPU_SIDE, device="cuda", dtype=torch.float16)
+
+    def product() -> None:
+        _ = matrix @ matrix
+        torch.cuda.synchronize()
+
+    seconds = timed({"product": product}, 3)["product"].seconds
+    rate = 2 * GPU_SIDE**3 / seconds / 1e12
+    return f"{torch.cuda.get_device_name()}, a float16 product by torch: {rate:.0f} TFLOP/s; "
 
 
 def map_share(graph: bytes, threads: int, size: tuple[int, int]) -> float:
@@ -132,15 +174,16 @@ def _from_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def brief(row: Row) -> str:
     return (
-        f"| {row['graph']} | {row['engine']} | {row['batch']} | {row['ms_per_image']:.1f} "
+        f"| {row['graph']} | {row['engine']} | {row['batch']} | {row['ms_per_image']:.3g} "
+        f"| {row['tflop_per_s']:.3g} "
         f"| {row['times_as_fast']:.2f} ({row['least']:.2f} to {row['most']:.2f}) "
         f"| {row['score_change']:.1e} |"
     )
 
 
 def table(rows: Sequence[Row], shares: dict[str, float], told: str) -> str:
-    lines = ["| graph | on | batch | ms an image | times as fast | score change |"]
-    lines += ["|---|---|---|---|---|---|", *map(brief, rows), ""]
+    lines = ["| graph | on | batch | ms an image | TFLOP/s | times as fast | score change |"]
+    lines += ["|---|---|---|---|---|---|---|", *map(brief, rows), ""]
     lines += [f"Upsampling, blur and maximum of {name}: {s:.1%}." for name, s in shares.items()]
     return "\n".join([*lines, "", told])
 
@@ -162,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = bundle.manifest.image_size
         shares[bundle.name] = map_share(bundle.read_graph(), arguments.threads, size)
     told = (
-        f"{hardware(torch.device('cpu'))}, {arguments.threads} threads; ONNX Runtime "
-        f"{ort.__version__}; {date.today()}; medians of {arguments.rounds} rounds (least to most)."
+        f"{arguments.threads} threads on {processor()}; {gpu()}ONNX Runtime {ort.__version__}; "
+        f"{date.today()}; medians of {arguments.rounds} rounds (least to most)."
     )
     print("\n" + table(rows, shares, told))
     if arguments.out:

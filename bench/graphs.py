@@ -113,7 +113,10 @@ def manifest_of(graph: bytes, name: str, backbone: str, threshold: float) -> Man
 
 
 def wide_graph() -> bytes:
-    """SK-RD4AD over WideResNet-50-2 as `train` would begin it, by the training package's export."""
+    """SK-RD4AD over WideResNet-50-2 as `train` would begin it, by the training package's export.
+
+    Its batch norms shift, as trained ones do: without, no convolution would have a bias.
+    """
     import torch
 
     from training.export import Scorer, to_onnx
@@ -122,6 +125,9 @@ def wide_graph() -> bytes:
 
     torch.manual_seed(0)
     model = from_settings(Settings("none", "wide-resnet50", backbone="wide_resnet50_2"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.bias, -0.1, 0.1)
     return to_onnx(Scorer(model, AnomalyMap(SIZE)).eval(), SIZE)
 
 

@@ -31,6 +31,22 @@ CPU = "CPUExecutionProvider"
 # Where none is asked for. A CPU computes several images no faster than one after the other.
 MAX_BATCH_SIZE = 8
 MAX_CUDA_BATCH_SIZE = 32
+# cuDNN's own choice of kernels, and not the fastest of a trial: it takes a tenth of the start and
+# is the same each time, and so are the scores.
+_CUDA_FLOAT32 = {
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "arena_extend_strategy": "kSameAsRequested",
+    "enable_cuda_graph": "1",
+    "use_tf32": "0",
+}
+# Tensor cores want channels last, and are withheld from float16 as well where TF32 is.
+_CUDA_TF32 = _CUDA_FLOAT32 | {"use_tf32": "1", "prefer_nhwc": "1"}
+CUDA_OPTIONS = {
+    "float32": _CUDA_FLOAT32,
+    "tf32": _CUDA_TF32,
+    # It fails where a ConvTranspose has a bias: `export` leaves none there.
+    "float16": _CUDA_TF32 | {"fuse_conv_bias": "1"},
+}
 # Nodes that compute with shapes, which ONNX Runtime leaves on the CPU on purpose.
 SHAPE_NODES = {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast"}
 
@@ -109,8 +125,6 @@ class CpuSession:
         self.batch_sizes = batch_sizes(max_batch_size or MAX_BATCH_SIZE)
         options = _session_options()
         options.intra_op_num_threads = threads or cores.available()
-        # The arena keeps the largest batch's memory for ever and is no faster for these graphs.
-        options.enable_cpu_mem_arena = False
         # Threads that spin while they wait gain nothing here and take a core from decoding.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
@@ -190,7 +204,8 @@ class OpenVinoSession:
 class CudaSession:
     """ONNX Runtime on an NVIDIA GPU, one CUDA graph for each batch size.
 
-    A float16 graph computes in float16, whatever the precision; a float32 one in float32 or tf32.
+    A graph exported in float16 computes in that, its map's products in TF32; any other in float32
+    (which agrees with the CPU's) or TF32 (which changes scores by about 1e-3).
     """
 
     device, provider, pads = "cuda", CUDA, True
@@ -205,37 +220,17 @@ class CudaSession:
             )
         _check_precision(self.device, precision, ("float32", "tf32"))
         ort.preload_dlls()
-        options = _session_options()
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        # TF32 moves scores by 1e-3, so it has to be asked for. Every batch size is run at start:
-        # the search for the fastest kernels is over before the first request.
-        provider_options = {
-            "use_tf32": "1" if precision == "tf32" else "0",
-            "cudnn_conv_algo_search": "EXHAUSTIVE",
-            "arena_extend_strategy": "kSameAsRequested",
-            "enable_cuda_graph": "1",
-        }
-        try:
-            session = ort.InferenceSession(graph, options, [(CUDA, provider_options), CPU])
-        except Exception as error:  # as in CpuSession
-            raise DeviceUnavailable(f"device cuda can't load the graph: {error}") from error
-        if session.get_providers()[0] != CUDA:
-            # On a machine without a driver the session is made without an error, on the CPU.
-            raise DeviceUnavailable(
-                "device cuda was asked for, but ONNX Runtime fell back to "
-                f"{session.get_providers()[0]}: no NVIDIA GPU, or a driver older than CUDA 13 needs"
-            )
-        check_placement(
-            (node.op_type, part.ep_name)
-            for part in session.get_provider_graph_assignment_info()
-            for node in part.get_nodes()
-        )
-        stored = session.get_modelmeta().custom_metadata_map.get("precision", "float32")
-        if stored != "float32" and precision != "auto":
-            raise DeviceUnavailable(
-                f"precision {precision} was asked for, but the graph was exported in {stored}"
-            )
-        self.precision = stored if precision == "auto" else precision
+        ort.set_default_logger_severity(4)  # of the plans that cuDNN passes over, one is an error
+        asked = "float32" if precision == "auto" else precision
+        session = _cuda_session(graph, asked)
+        stored = session.get_modelmeta().custom_metadata_map.get("precision")
+        if stored == "float16":  # only a loaded graph says so
+            if precision != "auto":
+                raise DeviceUnavailable(
+                    f"precision {precision} was asked for, but the graph was exported in {stored}"
+                )
+            session = _cuda_session(graph, stored)
+        self.precision = stored or asked
         self._session = session
         self.batch_sizes = batch_sizes(max_batch_size or MAX_CUDA_BATCH_SIZE)
         try:
@@ -249,6 +244,28 @@ class CudaSession:
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._batches.run(images)
+
+
+def _cuda_session(graph: bytes, precision: str) -> ort.InferenceSession:
+    """The graph on CUDA and nowhere else, or DeviceUnavailable."""
+    options = _session_options()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = ort.InferenceSession(graph, options, [(CUDA, CUDA_OPTIONS[precision]), CPU])
+    except Exception as error:  # as in CpuSession
+        raise DeviceUnavailable(f"device cuda can't load the graph: {error}") from error
+    if session.get_providers()[0] != CUDA:
+        # On a machine without a driver the session is made without an error, on the CPU.
+        raise DeviceUnavailable(
+            "device cuda was asked for, but ONNX Runtime fell back to "
+            f"{session.get_providers()[0]}: no NVIDIA GPU, or a driver older than CUDA 13 needs"
+        )
+    check_placement(
+        (node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    )
+    return session
 
 
 class BoundBatches:
@@ -270,6 +287,8 @@ class BoundBatches:
             self._fitting(len(part)).run(part)
             for part in (images[i : i + largest] for i in range(0, len(images), largest))
         ]
+        if len(results) == 1:
+            return results[0]
         maps, scores = zip(*results, strict=True)
         return np.concatenate(maps), np.concatenate(scores)
 
@@ -288,9 +307,10 @@ class _BoundBatch:
 
         self._padded = np.zeros((size, height, width, 3), np.uint8)
         self._image = placed(np.uint8, height, width, 3)
-        self._maps, self._scores = placed(np.float32, height, width), placed(np.float32)
         self._binding.bind_ortvalue_input("image", self._image)
-        for name, value in zip(OUTPUTS, (self._maps, self._scores), strict=True):
+        for name, value in zip(
+            OUTPUTS, (placed(np.float32, height, width), placed(np.float32)), strict=True
+        ):
             self._binding.bind_ortvalue_output(name, value)
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(size))
@@ -303,9 +323,8 @@ class _BoundBatch:
         self._image.update_inplace(np.ascontiguousarray(images))
         self._binding.synchronize_inputs()
         self._session.run_with_iobinding(self._binding, self._options)
-        self._binding.synchronize_outputs()
-        # Copies: on the CPU numpy() is a view of memory that the next run overwrites.
-        return self._maps.numpy()[:count].copy(), self._scores.numpy()[:count].copy()
+        maps, scores = self._binding.copy_outputs_to_cpu()
+        return maps[:count], scores[:count]
 
 
 def check_placement(nodes: Iterable[tuple[str, str]]) -> None:
