@@ -31,22 +31,14 @@ CPU = "CPUExecutionProvider"
 # Where none is asked for. A CPU computes several images no faster than one after the other.
 MAX_BATCH_SIZE = 8
 MAX_CUDA_BATCH_SIZE = 32
-# cuDNN's own choice of kernels, and not the fastest of a trial: it takes a tenth of the start and
-# is the same each time, and so are the scores.
-_CUDA_FLOAT32 = {
-    "cudnn_conv_algo_search": "HEURISTIC",
+CUDA_OPTIONS = {
+    "cudnn_conv_algo_search": "HEURISTIC",  # trying all takes ten times as long, and gains nothing
     "arena_extend_strategy": "kSameAsRequested",
     "enable_cuda_graph": "1",
-    "use_tf32": "0",
 }
-# Tensor cores want channels last, and are withheld from float16 as well where TF32 is.
-_CUDA_TF32 = _CUDA_FLOAT32 | {"use_tf32": "1", "prefer_nhwc": "1"}
-CUDA_OPTIONS = {
-    "float32": _CUDA_FLOAT32,
-    "tf32": _CUDA_TF32,
-    # It fails where a ConvTranspose has a bias: `export` leaves none there.
-    "float16": _CUDA_TF32 | {"fuse_conv_bias": "1"},
-}
+FLOAT32_OPTIONS = CUDA_OPTIONS | {"use_tf32": "0"}
+# They want channels last, and where TF32 is not allowed cuDNN withholds them from float16 as well.
+TENSOR_CORE_OPTIONS = CUDA_OPTIONS | {"use_tf32": "1", "prefer_nhwc": "1"}
 # Nodes that compute with shapes, which ONNX Runtime leaves on the CPU on purpose.
 SHAPE_NODES = {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast"}
 
@@ -250,8 +242,9 @@ def _cuda_session(graph: bytes, precision: str) -> ort.InferenceSession:
     """The graph on CUDA and nowhere else, or DeviceUnavailable."""
     options = _session_options()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    provider_options = FLOAT32_OPTIONS if precision == "float32" else TENSOR_CORE_OPTIONS
     try:
-        session = ort.InferenceSession(graph, options, [(CUDA, CUDA_OPTIONS[precision]), CPU])
+        session = ort.InferenceSession(graph, options, [(CUDA, provider_options), CPU])
     except Exception as error:  # as in CpuSession
         raise DeviceUnavailable(f"device cuda can't load the graph: {error}") from error
     if session.get_providers()[0] != CUDA:

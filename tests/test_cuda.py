@@ -89,14 +89,6 @@ def test_results_stay_as_they_are_when_the_next_batch_runs(session: Session) -> 
     assert np.array_equal(maps, kept[0]) and np.array_equal(scores, kept[1])
 
 
-def test_another_start_gives_the_same_bits(session: Session, graph: bytes) -> None:
-    again = CudaSession(graph)
-
-    for count in (1, 8):
-        for found, expected in zip(again.run(noise(count)), session.run(noise(count)), strict=True):
-            assert np.array_equal(found, expected)
-
-
 def test_models_that_come_and_go_leave_the_others_answers_and_memory(
     session: Session, exact: Session, graph: bytes
 ) -> None:

@@ -89,15 +89,11 @@ def halve_weights(graph: bytes) -> bytes:
 def compute_in_float16(graph: bytes) -> bytes:
     """The same graph with its network in float16, between a float32 normalisation and map.
 
-    Biases of transposed convolutions become additions: ONNX Runtime can't fuse them on CUDA, and
-    fails where it is told to fuse those of the others.
-
     Numbers' types flow as torch promotes them: a convolution gives float16, a sum (and the product
     that is summed) float32, and everything else the widest of what it is given.
     """
     model = onnx.load_model_from_string(graph)
     _widen_weights(model)
-    _add_biases_of_transposed(model)
     model = onnx.shape_inference.infer_shapes(model)
     weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
     floats = {*weights, *_values(model, TensorProto.FLOAT)}
@@ -140,24 +136,6 @@ def _widen_weights(model: ModelProto) -> None:
             wide = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(wide, node.output[0]))
             model.graph.node.remove(node)
-
-
-def _add_biases_of_transposed(model: ModelProto) -> None:
-    """Each transposed convolution's bias becomes a node of its own."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        nodes.append(node)
-        if node.op_type == "ConvTranspose" and len(node.input) == 3:
-            bias, result = node.input.pop(), node.output[0]
-            column = numpy_helper.to_array(constants[bias]).reshape(-1, 1, 1)
-            model.graph.initializer.append(numpy_helper.from_array(column, f"{result}.bias"))
-            node.output[0] = plain = f"{result}.plain"
-            nodes.append(
-                helper.make_node("Add", [plain, f"{result}.bias"], [result], f"{result}.add")
-            )
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
 
 
 def round_activations(graph: bytes) -> bytes:
