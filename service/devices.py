@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 OUTPUTS = ("anomaly_map", "image_score")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-# Where none is asked for. A CPU computes several images no faster than one after the other.
+# Where none is asked for. A CPU computes several images hardly faster than one after the other.
 MAX_BATCH_SIZE = 8
 MAX_CUDA_BATCH_SIZE = 32
 CUDA_OPTIONS = {
@@ -69,7 +70,7 @@ def open_session(
 ) -> Session:
     """The graph on `device`; `auto` is CUDA, else OpenVINO where the CPU computes bfloat16
     itself, else ONNX Runtime on the CPU. `threads` of 0 are as many as there are cores,
-    `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU.
+    `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU (`cpu`: `threads`, if more).
 
     Raises DeviceUnavailable with the reason where a named device, or the precision on it, can't be
     had, and BundleError for a graph that doesn't load.
@@ -102,7 +103,12 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
 
 
 class CpuSession:
-    """ONNX Runtime's own kernels, in float32."""
+    """ONNX Runtime's own kernels, in float32.
+
+    Few images are computed one by one, each by all threads together. Of as many images as threads,
+    each thread takes its share alone: then none waits for the others at the end of each layer,
+    which takes a tenth off, more where decoding wants the cores too, for the weights twice.
+    """
 
     device, provider, precision, pads = "cpu", CPU, "float32", False
 
@@ -114,23 +120,38 @@ class CpuSession:
         max_batch_size: int = 0,
     ) -> None:
         _check_precision(self.device, precision, ("float32",))
-        self.batch_sizes = batch_sizes(max_batch_size or MAX_BATCH_SIZE)
-        options = _session_options()
-        options.intra_op_num_threads = threads or cores.available()
-        # Threads that spin while they wait gain nothing here and take a core from decoding.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._count = threads or cores.available()
+        self.batch_sizes = batch_sizes(max_batch_size or max(MAX_BATCH_SIZE, self._count))
         try:
-            self._session = ort.InferenceSession(graph, options, providers=[CPU])
+            self._together = _cpu_session(graph, self._count)
+            self._alone = _cpu_session(graph, 1) if self._count > 1 else self._together
         except Exception as error:  # the runtime raises many types with no common base
             raise BundleError(f"ONNX Runtime can't load the graph: {error}") from error
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cpu")
 
     @property
     def ports(self) -> tuple[Ports, Ports]:
-        return _ports(self._session)
+        return _ports(self._together)
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        maps, scores = self._session.run(OUTPUTS, {"image": images})
-        return maps, scores
+        if len(images) < self._count or self._count == 1:
+            maps, scores = self._together.run(OUTPUTS, {"image": images})
+            return maps, scores
+        shares = np.array_split(images, self._count)
+        maps, scores = zip(*self._threads.map(self._run_alone, shares), strict=True)
+        return np.concatenate(maps), np.concatenate(scores)
+
+    def _run_alone(self, images: np.ndarray) -> list[np.ndarray]:
+        results: list[np.ndarray] = self._alone.run(OUTPUTS, {"image": images})
+        return results
+
+
+def _cpu_session(graph: bytes, threads: int) -> ort.InferenceSession:
+    options = _session_options()
+    options.intra_op_num_threads = threads
+    # Threads that spin while they wait gain nothing here and take a core from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(graph, options, providers=[CPU])
 
 
 class OpenVinoSession:

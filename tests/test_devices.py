@@ -128,6 +128,30 @@ def test_openvino_in_bfloat16_gives_nearly_the_cpus_answer() -> None:
     assert len(set(scores)) == 1  # one image's score does not depend on who came with it
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_threads_share_a_batch_and_change_no_answer(count: int) -> None:
+    images = np.random.default_rng(count).integers(0, 256, (count, *SIZE, 3), np.uint8)
+
+    maps, scores = CpuSession(brightness_graph(), threads=3).run(images)
+
+    expected_maps, expected_scores = CpuSession(brightness_graph(), threads=1).run(images)
+    assert np.array_equal(maps, expected_maps) and np.array_equal(scores, expected_scores)
+
+
+def test_an_error_in_one_threads_share_fails_the_batch_and_the_next_one_runs() -> None:
+    session = CpuSession(brightness_graph(fragile=True), threads=2)
+
+    for _ in range(3):
+        with pytest.raises(Exception, match="out of"):
+            session.run(np.stack([picture(0.4), picture(0.4), picture(1.0)]))
+        assert session.run(np.stack([picture(0.2), picture(0.4)]))[1] == pytest.approx([0.2, 0.4])
+
+
+def test_a_cpu_of_many_threads_takes_as_many_images_at_once() -> None:
+    assert CpuSession(brightness_graph(), threads=12).batch_sizes == (1, 2, 4, 8, 12)
+    assert CpuSession(brightness_graph(), threads=2).batch_sizes == (1, 2, 4, 8)
+
+
 @needs_openvino
 def test_results_stay_as_they_are_when_the_next_batch_runs() -> None:
     for session in (OpenVinoSession(brightness_graph()), CpuSession(brightness_graph())):
