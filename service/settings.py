@@ -42,7 +42,8 @@ class Settings(BaseSettings):
     )
     max_batch_size: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
-        description="Most images in one run of the graph; 0 is 32 on CUDA, 8 on a CPU (`cpu`: its threads, if more).",
+        description="Most images in one run of the graph; 0 is 32 on CUDA, 8 on a CPU (`cpu`: "
+        "its threads, if more).",
     )
     max_queue: Annotated[int, Field(ge=1)] = Field(
         64, description="Most inspections accepted and not yet answered; beyond it: 429."
