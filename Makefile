@@ -84,7 +84,7 @@ WIDE = runs/bench/models/wide-resnet50/wide-resnet50/1
 
 bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, into bench/results (half an hour)
 	.venv/bin/python -m bench.graphs --wide
-	.venv/bin/python -m bench.engine --bundle models/demo/1 $(WIDE) --out bench/results/engine
+	.venv/bin/python -m bench.engine --bundle models/demo/1 $(WIDE) --rounds 3 --out bench/results/engine
 	.venv/bin/python -m bench.pixels --out bench/results/pixels
 	.venv/bin/python -m bench.serving --out bench/results/serving
 

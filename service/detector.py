@@ -82,10 +82,9 @@ class Detector:
         ]
 
     def warm_up(self) -> None:
-        """Run once on gray images, so that the first request doesn't pay for memory and kernels;
-        where batches are padded, once for each size."""
+        """Run on gray images, so that the first requests don't pay for memory and kernels."""
         # The largest first: its memory serves the others.
-        for size in reversed(self.batch_sizes) if self._session.pads else (1,):
+        for size in reversed(self._session.warm_sizes):
             self.run(np.full((size, *self.image_size, 3), 128, np.uint8))
 
     def _check_interface(self) -> None:

@@ -20,7 +20,8 @@ from service import cores
 from service.errors import BundleError, DeviceUnavailable
 
 Device = Literal["auto", "cuda", "openvino", "cpu"]
-# What convolutions are computed in; sums of cosines and everything after them are float32.
+# What convolutions are computed in; sums of cosines and what follows are float32, but for the
+# products of the map, which are TF32 with tf32 and with float16 graphs on CUDA.
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Ports = list[tuple[str, str, tuple[int, ...]]]  # name, type, shape without the batch
 
@@ -33,12 +34,14 @@ CPU = "CPUExecutionProvider"
 MAX_BATCH_SIZE = 8
 MAX_CUDA_BATCH_SIZE = 32
 CUDA_OPTIONS = {
-    "cudnn_conv_algo_search": "HEURISTIC",  # trying all takes ten times as long, and gains nothing
+    # Trying all kernels takes several times as long to start and, in float32, a few percent off.
+    "cudnn_conv_algo_search": "HEURISTIC",
     "arena_extend_strategy": "kSameAsRequested",
     "enable_cuda_graph": "1",
 }
 FLOAT32_OPTIONS = CUDA_OPTIONS | {"use_tf32": "0"}
-# They want channels last, and where TF32 is not allowed cuDNN withholds them from float16 as well.
+# Tensor cores want channels last, and where TF32 is not allowed cuDNN withholds them from float16
+# as well. So the few products of the map are in TF32, too.
 TENSOR_CORE_OPTIONS = CUDA_OPTIONS | {"use_tf32": "1", "prefer_nhwc": "1"}
 # Nodes that compute with shapes, which ONNX Runtime leaves on the CPU on purpose.
 SHAPE_NODES = {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast"}
@@ -51,6 +54,7 @@ class Session(Protocol):
     provider: str
     precision: str
     batch_sizes: tuple[int, ...]  # that it is best at, ascending
+    warm_sizes: tuple[int, ...]  # whose first run pays for memory and kernels, ascending
     pads: bool  # other sizes cost as much as the next larger one
 
     @property
@@ -70,7 +74,7 @@ def open_session(
 ) -> Session:
     """The graph on `device`; `auto` is CUDA, else OpenVINO where the CPU computes bfloat16
     itself, else ONNX Runtime on the CPU. `threads` of 0 are as many as there are cores,
-    `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU (`cpu`: `threads`, if more).
+    `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU (`cpu`: a multiple of `threads` near it).
 
     Raises DeviceUnavailable with the reason where a named device, or the precision on it, can't be
     had, and BundleError for a graph that doesn't load.
@@ -105,9 +109,9 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
 class CpuSession:
     """ONNX Runtime's own kernels, in float32.
 
-    Few images are computed one by one, each by all threads together. Of as many images as threads,
-    each thread takes its share alone: then none waits for the others at the end of each layer,
-    which takes a tenth off, more where decoding wants the cores too, for the weights twice.
+    All threads compute an image together. But of a batch that they can share out evenly, each
+    computes its share alone: none waits for the others at the end of each layer, and that is worth
+    holding the weights twice.
     """
 
     device, provider, precision, pads = "cpu", CPU, "float32", False
@@ -120,24 +124,27 @@ class CpuSession:
         max_batch_size: int = 0,
     ) -> None:
         _check_precision(self.device, precision, ("float32",))
-        self._count = threads or cores.available()
-        self.batch_sizes = batch_sizes(max_batch_size or max(MAX_BATCH_SIZE, self._count))
+        self._thread_count = count = threads or cores.available()
+        most = max_batch_size or count * max(1, MAX_BATCH_SIZE // count)
+        self.batch_sizes = batch_sizes(most)
+        self._shares = 1 < count <= most
+        self.warm_sizes: tuple[int, ...] = (1, count) if self._shares else (1,)
         try:
-            self._together = _cpu_session(graph, self._count)
-            self._alone = _cpu_session(graph, 1) if self._count > 1 else self._together
+            self._together = _cpu_session(graph, count)
+            self._alone = _cpu_session(graph, 1) if self._shares else self._together
         except Exception as error:  # the runtime raises many types with no common base
             raise BundleError(f"ONNX Runtime can't load the graph: {error}") from error
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cpu")
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="cpu")
 
     @property
     def ports(self) -> tuple[Ports, Ports]:
         return _ports(self._together)
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(images) < self._count or self._count == 1:
+        if not self._shares or len(images) % self._thread_count or not len(images):
             maps, scores = self._together.run(OUTPUTS, {"image": images})
             return maps, scores
-        shares = np.array_split(images, self._count)
+        shares = np.split(images, self._thread_count)
         maps, scores = zip(*self._threads.map(self._run_alone, shares), strict=True)
         return np.concatenate(maps), np.concatenate(scores)
 
@@ -162,6 +169,7 @@ class OpenVinoSession:
     """
 
     device, provider, pads = "openvino", "OpenVINO", False
+    warm_sizes: tuple[int, ...] = (1,)
 
     def __init__(
         self,
@@ -233,7 +241,6 @@ class CudaSession:
             )
         _check_precision(self.device, precision, ("float32", "tf32"))
         ort.preload_dlls()
-        ort.set_default_logger_severity(4)  # of the plans that cuDNN passes over, one is an error
         asked = "float32" if precision == "auto" else precision
         session = _cuda_session(graph, asked)
         stored = session.get_modelmeta().custom_metadata_map.get("precision")
@@ -242,10 +249,13 @@ class CudaSession:
                 raise DeviceUnavailable(
                     f"precision {precision} was asked for, but the graph was exported in {stored}"
                 )
+            del session  # else both need room at once
             session = _cuda_session(graph, stored)
-        self.precision = stored or asked
+        self.precision: str = "float16" if stored == "float16" else asked
+        # From here on it would log each plan of cuDNN's that can't be had, before it takes another.
+        ort.set_default_logger_severity(4)
         self._session = session
-        self.batch_sizes = batch_sizes(max_batch_size or MAX_CUDA_BATCH_SIZE)
+        self.batch_sizes = self.warm_sizes = batch_sizes(max_batch_size or MAX_CUDA_BATCH_SIZE)
         try:
             self._batches = BoundBatches(session, "cuda", self.batch_sizes)
         except Exception as error:  # as in CpuSession

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image, UnidentifiedImageError
 
 from service.errors import InvalidImage, TooLarge, UnsupportedFormat
@@ -157,9 +157,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if pixels.shape[:2] == (height, width):
         return pixels
-    resized = Image.new("RGB", (width, height))
-    Resizer().resize_pil(Image.fromarray(pixels), resized, _BILINEAR)
-    return np.asarray(resized)
+    given = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+    resized = ImageData(width, height, PixelType.U8x3)
+    Resizer().resize(given, resized, _BILINEAR)
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
 def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -61,7 +61,7 @@ class Registry:
 
     def __init__(self, settings: Settings, store: Store, metrics: Metrics) -> None:
         self._settings, self._store, self._metrics = settings, store, metrics
-        # One thread for all models: they share one device, and a session runs on one thread only.
+        # One thread for all models: they share one device, and a session has one caller at a time.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._models: dict[tuple[str, int], Model] = {}
         self._newest: dict[str, int] = {}

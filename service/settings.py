@@ -32,7 +32,7 @@ class Settings(BaseSettings):
         "OpenVINO where the CPU has it, else the graph's own.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="Threads of one inference on the CPU; 0 is one per available core."
+        0, description="Threads that compute on the CPU; 0 is one per available core."
     )
     database_url: str = Field(
         "sqlite:///state/skrd4ad.sqlite", description="Where calibrations are kept."
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     max_batch_size: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
         description="Most images in one run of the graph; 0 is 32 on CUDA, 8 on a CPU (`cpu`: "
-        "its threads, if more).",
+        "a multiple of its threads near that).",
     )
     max_queue: Annotated[int, Field(ge=1)] = Field(
         64, description="Most inspections accepted and not yet answered; beyond it: 429."

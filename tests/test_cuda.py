@@ -4,11 +4,12 @@ import gc
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from conftest import SIZE, brightness_graph, inspect, picture, spotted
 from fastapi.testclient import TestClient
 
-from service import image
+from service import devices, image
 from service.app import create_app
 from service.devices import CpuSession, CudaSession, Session, open_session
 from service.errors import DeviceUnavailable
@@ -18,15 +19,12 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models/demo/1/model.onnx"
 
 
-def why_not() -> str | None:
-    try:
-        CudaSession(brightness_graph(), max_batch_size=1)
-    except DeviceUnavailable as error:
-        return str(error)
-    return None
+MEGABYTE = 1 << 20
 
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(
+    devices.CUDA not in ort.get_available_providers() or not Path("/dev/nvidia0").exists(),
+    reason="no NVIDIA GPU, or an ONNX Runtime without CUDA",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +53,12 @@ def assert_same(session: Session, exact: Session, images: np.ndarray, rel: float
         assert np.abs(found - expected).max() <= rel * expected.max()
 
 
+def differs(session: Session, exact: Session, size: tuple[int, int] = (256, 256)) -> bool:
+    """By more than the order of float32 sums explains."""
+    found, expected = (each.run(noise(3, size))[0] for each in (session, exact))
+    return bool(np.abs(found - expected).max() > 1e-5 * expected.max())
+
+
 def test_auto_is_cuda(graph: bytes) -> None:
     session = open_session(graph)
 
@@ -72,6 +76,7 @@ def test_tf32_gives_nearly_the_cpus_answer(graph: bytes, exact: Session) -> None
 
     assert session.precision == "tf32"
     assert_same(session, exact, noise(3), 5e-3)
+    assert differs(session, exact)
 
 
 def test_each_size_of_batch_replays_its_own_record(session: Session, exact: Session) -> None:
@@ -103,7 +108,7 @@ def test_models_that_come_and_go_leave_the_others_answers_and_memory(
         gc.collect()
         free.append(torch.cuda.mem_get_info()[0])
 
-    assert free[-1] == pytest.approx(free[0], rel=0.01)
+    assert free[0] - free[-1] < 32 * MEGABYTE
 
 
 def test_mixed_batches_leave_memory_flat(session: Session) -> None:
@@ -115,12 +120,12 @@ def test_mixed_batches_leave_memory_flat(session: Session) -> None:
     for count in rng.integers(1, 40, 60):
         session.run(noise(int(count)))
 
-    assert torch.cuda.mem_get_info()[0] == before
+    assert before - torch.cuda.mem_get_info()[0] < 32 * MEGABYTE
 
 
 @pytest.mark.parametrize("skips", ["none", "sk", "gated"])
 def test_a_float16_graph_computes_in_it_as_its_export_promised(skips: str) -> None:
-    """Score by score what rounding on the CPU foretold, within a tenth of what export allows."""
+    """Within a tenth of what export allows."""
     pytest.importorskip("torch")
     from training_fixtures import randomise
 
@@ -137,6 +142,7 @@ def test_a_float16_graph_computes_in_it_as_its_export_promised(skips: str) -> No
     assert session.precision == "float16"
     for count in (1, 3, 8):
         assert_same(session, CpuSession(wide), noise(count, SIZE), 2e-3)
+    assert differs(session, CpuSession(wide), SIZE)
     with pytest.raises(DeviceUnavailable, match="tf32 was asked for, .* exported in float16"):
         CudaSession(narrow, "tf32")
 
@@ -158,7 +164,7 @@ def test_the_service_inspects_on_cuda(tmp_path: Path) -> None:
             assert answer["score"] == pytest.approx(score, rel=1e-5)
 
 
-def test_a_graph_that_raises_is_told_and_the_next_batch_runs() -> None:
+def test_images_of_another_size_are_refused_and_the_next_batch_runs() -> None:
     session = CudaSession(brightness_graph(), max_batch_size=2)
 
     with pytest.raises(Exception, match=r"(?i)shape|dimension|size"):

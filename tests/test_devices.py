@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ needs_no_cuda = pytest.mark.skipif(
 def has_bfloat16() -> bool:
     core = devices.openvino_core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _noting(counts: list[int], run: Callable) -> Callable:
+    def noted(images: np.ndarray):
+        counts.append(len(images))
+        return run(images)
+
+    return noted
 
 
 def assert_same(session: Session, images: np.ndarray, rel: float) -> None:
@@ -128,12 +137,19 @@ def test_openvino_in_bfloat16_gives_nearly_the_cpus_answer() -> None:
     assert len(set(scores)) == 1  # one image's score does not depend on who came with it
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-def test_threads_share_a_batch_and_change_no_answer(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_threads_share_an_even_batch_and_change_no_answer(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = np.random.default_rng(count).integers(0, 256, (count, *SIZE, 3), np.uint8)
 
-    maps, scores = CpuSession(brightness_graph(), threads=3).run(images)
+    session = CpuSession(brightness_graph(), threads=3)
+    shares = []
+    monkeypatch.setattr(session, "_run_alone", _noting(shares, session._run_alone))
 
+    maps, scores = session.run(images)
+
+    assert shares == ([count // 3] * 3 if count % 3 == 0 else [])
     expected_maps, expected_scores = CpuSession(brightness_graph(), threads=1).run(images)
     assert np.array_equal(maps, expected_maps) and np.array_equal(scores, expected_scores)
 
@@ -143,13 +159,27 @@ def test_an_error_in_one_threads_share_fails_the_batch_and_the_next_one_runs() -
 
     for _ in range(3):
         with pytest.raises(Exception, match="out of"):
-            session.run(np.stack([picture(0.4), picture(0.4), picture(1.0)]))
+            session.run(np.stack([picture(0.4), picture(1.0)]))
         assert session.run(np.stack([picture(0.2), picture(0.4)]))[1] == pytest.approx([0.2, 0.4])
 
 
-def test_a_cpu_of_many_threads_takes_as_many_images_at_once() -> None:
-    assert CpuSession(brightness_graph(), threads=12).batch_sizes == (1, 2, 4, 8, 12)
-    assert CpuSession(brightness_graph(), threads=2).batch_sizes == (1, 2, 4, 8)
+@pytest.mark.parametrize(
+    ("threads", "largest", "sizes", "warm"),
+    [
+        (1, 0, (1, 2, 4, 8), (1,)),
+        (2, 0, (1, 2, 4, 8), (1, 2)),
+        (3, 0, (1, 2, 4, 6), (1, 3)),
+        (12, 0, (1, 2, 4, 8, 12), (1, 12)),
+        (3, 2, (1, 2), (1,)),
+    ],
+)
+def test_a_full_batch_is_one_that_threads_share_out_evenly(
+    threads: int, largest: int, sizes: tuple, warm: tuple
+) -> None:
+    """And the first of those is run before a client's is."""
+    session = CpuSession(brightness_graph(), threads=threads, max_batch_size=largest)
+
+    assert (session.batch_sizes, session.warm_sizes) == (sizes, warm)
 
 
 @needs_openvino

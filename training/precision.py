@@ -130,12 +130,16 @@ def compute_in_float16(graph: bytes) -> bytes:
 
 def _widen_weights(model: ModelProto) -> None:
     """What `halve_weights` did is undone; what it rounded stays so."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    halves = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
     for node in [node for node in model.graph.node if node.op_type == "Cast"]:
-        if (tensor := constants.get(node.input[0])) is not None:
-            wide = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(wide, node.output[0]))
+        if node.input[0] in halves and node.attribute[0].i == TensorProto.FLOAT:
+            wide = numpy_helper.to_array(halves[node.input[0]]).astype(np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(wide, node.output[0]))
             model.graph.node.remove(node)
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in halves.values():
+        if tensor.name not in read:
+            model.graph.initializer.remove(tensor)
 
 
 def round_activations(graph: bytes) -> bytes:
