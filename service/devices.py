@@ -96,7 +96,7 @@ def open_session(
         except DeviceUnavailable as error:
             if precision == "bfloat16":
                 raise
-            log.info("not using OpenVINO: %s", error)
+            log.info("auto leaves OpenVINO out: %s", error)
     return CpuSession(graph, precision, threads, max_batch_size)
 
 
@@ -195,7 +195,8 @@ class OpenVinoSession:
             raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
         # Where no cosines are found, bfloat16 would be in them as well.
         offered = ("bfloat16", "float32") if native and features else ("float32",)
-        _check_precision(self.device, precision, offered)
+        why = "the graph has no cosines" if native else "this CPU lacks AVX-512 BF16 and AMX"
+        _check_precision(self.device, precision, offered, f": {why}")
         self.precision = offered[0] if precision == "auto" else precision
         try:
             stages = [(model, "f32")]
@@ -237,7 +238,7 @@ class CudaSession:
         if CUDA not in ort.get_available_providers():
             raise DeviceUnavailable(
                 "device cuda was asked for, but this ONNX Runtime is built without it: install "
-                "the `gpu` extra (make RUNTIME=gpu)"
+                "the `gpu` extra (make serve RUNTIME=gpu) where there is an NVIDIA GPU"
             )
         _check_precision(self.device, precision, ("float32", "tf32"))
         ort.preload_dlls()
@@ -360,11 +361,13 @@ def check_placement(nodes: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def _check_precision(device: str, precision: Precision, offered: Sequence[str]) -> None:
+def _check_precision(
+    device: str, precision: Precision, offered: Sequence[str], why: str = ""
+) -> None:
     if precision not in ("auto", *offered):
         raise DeviceUnavailable(
             f"precision {precision} was asked for, but device {device} offers "
-            f"{' and '.join(offered)} here"
+            f"{' and '.join(offered)} here{why}"
         )
 
 

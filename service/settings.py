@@ -1,6 +1,9 @@
 """Every knob of the service, read from the environment (`SKRD4AD_*`) and overridden by flags."""
 
+import difflib
 import ipaddress
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +13,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.devices import Device, Precision
 from service.errors import SettingsError
 
+PREFIX = "SKRD4AD_"
+
 
 class Settings(BaseSettings):
     """Made once in `__main__` (or by a test) and handed to `create_app`; never at import."""
 
-    model_config = SettingsConfigDict(env_prefix="SKRD4AD_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
@@ -76,6 +81,7 @@ def load(**overrides: object) -> Settings:
 
     Refuses to listen beyond loopback unless told so in so many words: there are no API keys yet.
     """
+    _refuse_unknown(os.environ)
     try:
         settings = Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -92,6 +98,15 @@ def load(**overrides: object) -> Settings:
             "on 127.0.0.1 behind a proxy that authenticates"
         )
     return settings
+
+
+def _refuse_unknown(environment: Iterable[str]) -> None:
+    """A misspelt variable would leave its default in force unseen."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, 1)
+            raise SettingsError(f"{name} is no setting" + (f"; {near[0]} is" if near else ""))
 
 
 def is_loopback(host: str) -> bool:

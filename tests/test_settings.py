@@ -34,6 +34,23 @@ def test_a_value_out_of_bounds_is_refused_with_variable_and_value(
         settings.load()
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("MAX_QUEU", "SKRD4AD_MAX_QUEU is no setting; SKRD4AD_MAX_QUEUE is"),
+        ("SERVICE_HOST", "SKRD4AD_SERVICE_HOST is no setting"),
+    ],
+)
+def test_a_misspelt_variable_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    """Else the default would be in force unseen."""
+    monkeypatch.setenv(f"SKRD4AD_{name}", "3")
+
+    with pytest.raises(SettingsError, match=told):
+        settings.load()
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
 def test_listening_beyond_loopback_must_be_asked_for_in_so_many_words(host: str) -> None:
     with pytest.raises(SettingsError, match="SKRD4AD_ALLOW_ANONYMOUS=true"):
