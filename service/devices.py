@@ -195,8 +195,9 @@ class OpenVinoSession:
             raise DeviceUnavailable(f"device openvino can't load the graph: {error}") from error
         # Where no cosines are found, bfloat16 would be in them as well.
         offered = ("bfloat16", "float32") if native and features else ("float32",)
-        why = "the graph has no cosines" if native else "this CPU lacks AVX-512 BF16 and AMX"
-        _check_precision(self.device, precision, offered, f": {why}")
+        lack = "the graph has no cosines" if native else "this CPU lacks AVX-512 BF16 and AMX"
+        why = f": {lack}" if precision == "bfloat16" else ""
+        _check_precision(self.device, precision, offered, why)
         self.precision = offered[0] if precision == "auto" else precision
         try:
             stages = [(model, "f32")]
