@@ -20,7 +20,7 @@ from training.train import train
 ROOT = Path(__file__).parent.parent
 # One process and several round differently, and training lets that grow from step to step: so
 # does a last bit changed in the first weights. Hence few and small steps.
-LR = 0.0001
+LR = 0.00001
 DRD = ARCHITECTURES["drd"] | {"architecture": "drd"}
 
 # Starting takes a process far longer than such a run, so that the three do one after the other:
