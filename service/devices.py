@@ -127,11 +127,11 @@ class CpuSession:
         self._thread_count = count = threads or cores.available()
         most = max_batch_size or count * max(1, MAX_BATCH_SIZE // count)
         self.batch_sizes = batch_sizes(most)
-        self._shares = 1 < count <= most
-        self.warm_sizes: tuple[int, ...] = (1, count) if self._shares else (1,)
+        shares = 1 < count <= most
+        self.warm_sizes: tuple[int, ...] = (1, count) if shares else (1,)
         try:
             self._together = _cpu_session(graph, count)
-            self._alone = _cpu_session(graph, 1) if self._shares else self._together
+            self._alone: Any = _cpu_session(graph, 1) if shares else None
         except Exception as error:  # the runtime raises many types with no common base
             raise BundleError(f"ONNX Runtime can't load the graph: {error}") from error
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="cpu")
@@ -141,7 +141,7 @@ class CpuSession:
         return _ports(self._together)
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not self._shares or len(images) % self._thread_count or not len(images):
+        if self._alone is None or len(images) % self._thread_count or not len(images):
             maps, scores = self._together.run(OUTPUTS, {"image": images})
             return maps, scores
         shares = np.split(images, self._thread_count)
@@ -243,7 +243,7 @@ class CudaSession:
             )
         _check_precision(self.device, precision, ("float32", "tf32"))
         ort.preload_dlls()
-        asked = "float32" if precision == "auto" else precision
+        asked: str = "float32" if precision == "auto" else precision
         session = _cuda_session(graph, asked)
         stored = session.get_modelmeta().custom_metadata_map.get("precision")
         if stored == "float16":  # only a loaded graph says so
@@ -252,8 +252,8 @@ class CudaSession:
                     f"precision {precision} was asked for, but the graph was exported in {stored}"
                 )
             del session  # else both need room at once
-            session = _cuda_session(graph, stored)
-        self.precision: str = "float16" if stored == "float16" else asked
+            session, asked = _cuda_session(graph, stored), stored
+        self.precision = asked
         # From here on it would log each plan of cuDNN's that can't be had, before it takes another.
         ort.set_default_logger_severity(4)
         self._session = session

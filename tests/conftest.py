@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from service import bundle as bundles
+from service import devices
 from service.app import create_app
 from service.bundle import (
     Bundle,
@@ -30,6 +32,7 @@ from service.bundle import (
 from service.image import digest
 from service.settings import Settings
 
+HAS_CUDA = devices.CUDA in ort.get_available_providers() and Path("/dev/nvidia0").exists()
 SIZE = (64, 96)  # height, width: not square, so that swapped axes show
 
 

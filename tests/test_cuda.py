@@ -4,12 +4,11 @@ import gc
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
-from conftest import SIZE, brightness_graph, inspect, picture, spotted
+from conftest import HAS_CUDA, SIZE, brightness_graph, inspect, picture, spotted
 from fastapi.testclient import TestClient
 
-from service import devices, image
+from service import image
 from service.app import create_app
 from service.devices import CpuSession, CudaSession, Session, open_session
 from service.errors import DeviceUnavailable
@@ -17,13 +16,10 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models/demo/1/model.onnx"
-
-
 MEGABYTE = 1 << 20
 
 pytestmark = pytest.mark.skipif(
-    devices.CUDA not in ort.get_available_providers() or not Path("/dev/nvidia0").exists(),
-    reason="no NVIDIA GPU, or an ONNX Runtime without CUDA",
+    not HAS_CUDA, reason="no NVIDIA GPU, or an ONNX Runtime without CUDA"
 )
 
 
