@@ -79,8 +79,7 @@ def test_the_command_of_a_row_measures_that_row_alone(folder):
 def test_growth_is_measured_at_every_place(folder, monkeypatch, part, places):
     monkeypatch.setattr(serving, "SIDES", places[:2])
     monkeypatch.setattr(serving, "MODELS", places)
-    monkeypatch.setitem(serving.SECONDS, "resnet18", 2.0)  # a busy machine answers in one, too
-    rows = measured(folder, "--part", part)
+    rows = measured(folder, "--part", part, "--seconds", "3")  # a busy machine answers in it, too
     assert [row[report.SCALED[part]] for row in rows] == list(places[:2])
     assert all(row["answered"] > 0 and not row["errors"] for row in rows)
     assert (folder / "out" / f"{part}.svg").is_file()
