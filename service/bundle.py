@@ -20,6 +20,7 @@ from service.image import digest
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 GRAPH_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
+OWN_CALIBRATION = "bundle"  # its id, in place of a stored one's
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
@@ -126,7 +127,7 @@ class Bundle:
         scores = np.array([image.score for image in self.manifest.data.held_out])
         if not len(scores):
             return None
-        return Calibration("bundle", default_target_fpr(len(scores)), scores)
+        return Calibration(OWN_CALIBRATION, default_target_fpr(len(scores)), scores)
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -3,10 +3,15 @@
 ServiceError
 ├── InvalidImage            400  the bytes are no readable image
 ├── InvalidForm             400  the multipart body is malformed, breaks off or has too many fields
+├── InvalidArchive          400  neither a zip nor a tar, damaged, or with too many files
 ├── UnknownModel            404  no such model or version
 ├── UnknownCalibration      404  no such calibration
+├── UnknownSample           404  a calibration has no such sample, or no longer its map
 ├── DigestMismatch          409  another graph than the caller insists on
 ├── Uncalibrated            409  the model has no threshold, and the request gives none
+├── CalibrationFinished     409  it never changes again; or it must be finished first
+├── CalibrationInUse        409  what is in force can't be deleted
+├── NothingToRollBack       409  nothing was in force before
 ├── TooLarge                413  bytes or pixels beyond the limit
 ├── UnsupportedFormat       415  an image format or pixel type that is not read
 ├── InvalidParameter        422  a parameter out of its bounds
@@ -15,6 +20,7 @@ ServiceError
 ├── Overloaded              429  the queue is full, or a calibration under way (Retry-After)
 ├── InferenceFailed         500  the runtime raised while scoring
 ├── NotReady                503  no model yet, or no room on the device (Retry-After)
+│   └── DatabaseAway        503  the database doesn't answer; inspection goes on (Retry-After)
 ├── DeadlineExceeded        504  not answered in time
 ├── BundleError             500  manifest, digest or graph interface; at start, it stops it
 ├── DeviceUnavailable            at start: the named device can't be had
@@ -38,6 +44,10 @@ class InvalidForm(ServiceError):
     status, title = 400, "Form can't be read"
 
 
+class InvalidArchive(ServiceError):
+    status, title = 400, "Archive can't be read"
+
+
 class UnknownModel(ServiceError):
     status, title = 404, "Unknown model"
 
@@ -46,12 +56,28 @@ class UnknownCalibration(ServiceError):
     status, title = 404, "Unknown calibration"
 
 
+class UnknownSample(ServiceError):
+    status, title = 404, "Unknown sample"
+
+
 class DigestMismatch(ServiceError):
     status, title = 409, "Another graph serves"
 
 
 class Uncalibrated(ServiceError):
     status, title = 409, "No threshold"
+
+
+class CalibrationFinished(ServiceError):
+    status, title = 409, "Calibration finished, or not yet"
+
+
+class CalibrationInUse(ServiceError):
+    status, title = 409, "Calibration in use"
+
+
+class NothingToRollBack(ServiceError):
+    status, title = 409, "Nothing to roll back"
 
 
 class TooLarge(ServiceError):
@@ -88,6 +114,10 @@ class InferenceFailed(ServiceError):
 
 class NotReady(ServiceError):
     status, title, retry_after_s = 503, "Not ready", 5
+
+
+class DatabaseAway(NotReady):
+    title = "Database away"
 
 
 class DeadlineExceeded(ServiceError):

@@ -68,6 +68,19 @@ def heatmap(anomaly_map: np.ndarray, threshold: float) -> bytes:
     return buffer.getvalue()
 
 
+def packed(anomaly_map: np.ndarray) -> bytes:
+    """A map (h, w) to be kept, in half precision."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, map=anomaly_map.astype(np.float16))
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> np.ndarray:
+    """The float32 map (h, w) that `packed` kept."""
+    with np.load(io.BytesIO(data)) as kept:
+        return np.asarray(kept["map"], np.float32)
+
+
 def overlay(
     anomaly_map: np.ndarray,
     threshold: float,

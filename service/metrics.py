@@ -68,6 +68,11 @@ class Metrics:
             ["model"],
             registry=registry,
         )
+        self.database_up = Gauge(
+            "skrd4ad_database_up",
+            "1 while the database answers; inspection goes on while it doesn't.",
+            registry=registry,
+        )
         self.model_info = Gauge(
             "skrd4ad_model_info",
             "Loaded models; always 1.",

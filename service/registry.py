@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service import bundle as bundles
 from service.batcher import Batcher
@@ -13,6 +14,7 @@ from service.calibration import Calibration
 from service.detector import Detector
 from service.errors import (
     BundleError,
+    DatabaseAway,
     DeviceUnavailable,
     DigestMismatch,
     InferenceFailed,
@@ -34,8 +36,9 @@ class Model:
     bundle: Bundle
     detector: Detector
     batcher: Batcher
-    calibration: Calibration | None  # None: an imported network that nobody calibrated yet
+    own: Calibration | None  # its bundle's; None: an imported network came without
     trained: frozenset[str]  # digests of the files it was trained on
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)  # in force, by profile
 
     @property
     def graph(self) -> Graph:
@@ -44,6 +47,20 @@ class Model:
     @property
     def name(self) -> str:
         return self.bundle.name
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What is in force where a request names no profile; None: nobody calibrated it yet."""
+        return self.calibrations.get("") or self.own
+
+    def calibration_for(self, profile: str) -> Calibration | None:
+        """What is in force for a profile: its own, else the model's."""
+        return self.calibrations.get(profile) or self.calibration
+
+    @property
+    def engine(self) -> str:
+        """What scores depend on beside the graph."""
+        return f"{self.detector.provider} in {self.detector.precision}"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -67,6 +84,8 @@ class Registry:
         self._newest: dict[str, int] = {}
         # One at a time: warming up, CUDA records, which memory for another model would spoil.
         self._loading = asyncio.Lock()
+        self._taking_up = asyncio.Lock()
+        self._database_up = True
         for name in bundles.names(settings.models):
             self._newest[name] = bundles.versions(settings.models, name)[-1]
             self._models[name, self._newest[name]] = self._load(name, self._newest[name])
@@ -110,12 +129,54 @@ class Registry:
             )
         return model
 
-    def activate(self, graph: Graph, calibration: Calibration) -> None:
-        """Make a stored calibration the one in force, from the next decision on."""
-        model = self._models.get((graph.model, graph.version))
-        if model is not None and model.graph == graph:  # else it is read when it is loaded
-            model.calibration = calibration
-            self._publish(model)
+    async def take_up(self, model: Model | None = None) -> None:
+        """Take up the calibrations in force as the database has them, of one model or of all.
+
+        One at a time and from the database alone, so that memory follows its order, whoever
+        changed it; to the end, even where the caller leaves. Raises DatabaseAway.
+        """
+        await asyncio.shield(self._take_up([model] if model else self.loaded()))
+
+    async def _take_up(self, models: list[Model]) -> None:
+        async with self._taking_up:
+            for model in models:
+                before = model.calibrations
+                model.calibrations = await asyncio.to_thread(self._in_force, model)
+                if model.calibrations != before:
+                    _tell_change(model, before)
+                    self._publish(model)
+
+    async def follow(self) -> None:
+        """Take up what other replicas activate, for as long as the service runs."""
+        seen = None
+        while True:
+            try:
+                stamp = await asyncio.to_thread(self._store.stamp)
+                if stamp != seen:
+                    await self.take_up()
+                    seen = stamp
+                self._tell_database(True)
+            except DatabaseAway as error:
+                self._tell_database(False, str(error))
+            except Exception:
+                log.exception("calibrations in force could not be read; trying again")
+            await asyncio.sleep(self._settings.sync_interval_s)
+
+    def _tell_database(self, up: bool, reason: str = "") -> None:
+        if up != self._database_up:
+            self._database_up = up
+            if up:
+                log.info("the database answers again")
+            else:
+                log.error("%s; inspection goes on with what is in force", reason)
+        self._metrics.database_up.set(up)
+
+    def _in_force(self, model: Model) -> dict[str, Calibration]:
+        known = {calibration.id: calibration for calibration in model.calibrations.values()}
+        return {
+            profile: known.get(id) or self._store.calibration(id)
+            for profile, id in self._store.active(model.graph).items()
+        }
 
     def close(self) -> None:
         self._device_thread.shutdown()
@@ -137,6 +198,7 @@ class Registry:
                 self._forget(other)
             self._models[key] = model
             self._announce(model)
+            await self.take_up(model)  # what was activated while it was loaded
             return model
 
     def _forget(self, key: tuple[str, int]) -> None:
@@ -166,7 +228,6 @@ class Registry:
             self._device_thread.submit(detector.warm_up).result()
         except InferenceFailed as error:  # no room on the device, most likely
             raise DeviceUnavailable(f"{bundle.folder}: {error}") from error
-        active = self._store.active(Graph(name, version, bundle.digest))
         batcher = Batcher(
             detector.run,
             self._device_thread,
@@ -178,9 +239,10 @@ class Registry:
             bundle=bundle,
             detector=detector,
             batcher=batcher,
-            calibration=active or bundle.default_calibration(),
+            own=bundle.default_calibration(),
             trained=frozenset(bundle.manifest.data.trained),
         )
+        model.calibrations = self._in_force(model)
         log.info(
             "loaded %s version %d (%s) on %s in %s; %s",
             name,
@@ -188,7 +250,7 @@ class Registry:
             bundle.digest[:12],
             detector.provider,
             detector.precision,
-            _threshold_of(model),
+            _threshold_of(model.calibration),
         )
         return model
 
@@ -214,8 +276,21 @@ class Registry:
         return ", ".join(self._newest)
 
 
-def _threshold_of(model: Model) -> str:
-    calibration = model.calibration
+def _tell_change(model: Model, before: Mapping[str, Calibration]) -> None:
+    for profile in sorted({*before, *model.calibrations}):
+        old, new = before.get(profile), model.calibrations.get(profile)
+        if old != new:
+            log.info(
+                "%s version %d%s: %s, was %s",
+                model.name,
+                model.bundle.version,
+                f", profile {profile}" if profile else "",
+                _threshold_of(model.calibration_for(profile)),
+                old.id if old else "without a calibration",
+            )
+
+
+def _threshold_of(calibration: Calibration | None) -> str:
     if calibration is None:
         return "no threshold yet: calibrate it, or give one with each request"
     return (

@@ -1,15 +1,19 @@
 """The JSON of requests and answers, as the OpenAPI shows it."""
 
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from service.calibration import Calibration, Decision, min_samples
+from service.calibrator import Examined, Scored
+from service.contamination import TEST, Tail
 from service.heatmap import MediaType
 from service.registry import Model
-from service.store import StoredCalibration
+from service.store import Activation, Sample, StoredCalibration
+
+ThresholdSource = Literal["calibration", "bundle", "request"]
 
 _REGION: JsonDict = {
     "x": 212,
@@ -49,13 +53,19 @@ class CalibrationReference(BaseModel):
     """Which calibration stands behind the p-value, and behind the threshold unless overridden."""
 
     id: Annotated[str, Field(description="`bundle` is the bundle's own held-out normal images")]
+    profile: Annotated[str | None, Field(description="that it was made for; null: whole model")]
     target_fpr: float
+    confidence: float | None
     samples: int
 
     @classmethod
     def of(cls, calibration: Calibration) -> "CalibrationReference":
         return cls(
-            id=calibration.id, target_fpr=calibration.target_fpr, samples=calibration.samples
+            id=calibration.id,
+            profile=calibration.profile or None,
+            target_fpr=calibration.target_fpr,
+            confidence=calibration.confidence,
+            samples=calibration.samples,
         )
 
 
@@ -93,13 +103,20 @@ class Inspection(BaseModel):
                 {
                     "request_id": "0c7a3c0e5c4f4b0f9f5c1a2b3c4d5e6f",
                     "model": _MODEL,
+                    "profile": None,
                     "image": {"width": 512, "height": 512, "sha256": "9b74" * 16},
                     "score": 1.184,
                     "threshold": 0.731,
-                    "threshold_source": "calibration",
+                    "threshold_source": "bundle",
                     "decision": "anomalous",
                     "p_value": 0.0081,
-                    "calibration": {"id": "bundle", "target_fpr": 0.01, "samples": 123},
+                    "calibration": {
+                        "id": "bundle",
+                        "profile": None,
+                        "target_fpr": 0.01,
+                        "confidence": None,
+                        "samples": 123,
+                    },
                     "regions": [_REGION],
                     "heatmap": "iVBORw0KGgo...",
                     "heatmap_type": "image/png",
@@ -117,11 +134,16 @@ class Inspection(BaseModel):
 
     request_id: str
     model: ModelReference
+    profile: Annotated[str | None, Field(description="that the request named")]
     image: ImageReference
     score: Annotated[float, Field(description="maximum of the anomaly map; no probability")]
     threshold: float
     threshold_source: Annotated[
-        Literal["calibration", "request"], Field(description="`request`: overridden by the caller")
+        ThresholdSource,
+        Field(
+            description="`bundle`: from the held-out images of training, as nobody calibrated this "
+            "version; `request`: overridden by the caller"
+        ),
     ]
     decision: Annotated[Decision, Field(description="`anomalous` where score >= threshold")]
     p_value: Annotated[
@@ -144,10 +166,26 @@ class Inspection(BaseModel):
     timing_ms: Timing
 
 
-class Outlier(BaseModel):
+class SampleOut(BaseModel):
+    """A normal image of a calibration."""
+
     name: str
-    sha256: str
+    sha256: Annotated[str, Field(description="of the file that was sent")]
     score: float
+    excluded: bool
+    engine: Annotated[str | None, Field(description="what it was scored by")]
+    heatmap: Annotated[str, Field(description="path of its heatmap, kept for the highest scores")]
+
+    @classmethod
+    def of(cls, calibration: str, sample: Sample) -> "SampleOut":
+        return cls(
+            name=sample.name,
+            sha256=sample.sha256,
+            score=sample.score,
+            excluded=sample.excluded,
+            engine=sample.engine,
+            heatmap=f"/v1/calibrations/{calibration}/samples/{sample.sha256}/heatmap",
+        )
 
 
 class Failure(BaseModel):
@@ -155,42 +193,127 @@ class Failure(BaseModel):
     reason: str
 
 
+class SamplesAdded(BaseModel):
+    """What became of pictures that were sent to an open calibration."""
+
+    id: str
+    added: int
+    samples: Annotated[int, Field(description="that count now")]
+    excluded: int
+    duplicates: Annotated[list[str], Field(description="that it had already")]
+    failed: list[Failure]
+
+
+class TailOut(BaseModel):
+    """Whether the highest samples stand apart from the others, as defects among them would."""
+
+    test: str
+    p_value: Annotated[
+        float | None,
+        Field(description="of clean samples; null where there are too few to tell, or unknown"),
+    ]
+    suspects: Annotated[int, Field(description="how many of the highest samples stand apart")]
+
+    @classmethod
+    def of(cls, tail: Tail) -> "TailOut":
+        return cls(test=TEST, p_value=tail.p_value, suspects=tail.suspects)
+
+
 class CalibrationOut(BaseModel):
-    """A calibration made from normal images."""
+    """A calibration made from normal images; what it promises is null while it is open."""
 
     id: str
     created: datetime
+    created_by: Annotated[str, Field(description="name of the key; empty where none was asked for")]
     model: ModelReference
+    profile: Annotated[str | None, Field(description="null: for the whole model")]
+    source: Annotated[str | None, Field(description="the calibration whose samples it began with")]
+    state: Literal["open", "finished", "deleted"]
     active: bool
-    threshold: float
-    target_fpr: float
+    finished: datetime | None
+    deleted: datetime | None
+    deleted_by: str | None
+    threshold: float | None
+    target_fpr: float | None
+    confidence: float | None
     achievable_fpr: Annotated[
-        float, Field(description="the rate promised: a multiple of 1 / (samples + 1)")
+        float | None,
+        Field(
+            description="the rate promised: a multiple of 1 / (samples + 1), or what is kept with "
+            "the confidence"
+        ),
     ]
-    samples: int
-    min_samples_needed: Annotated[int, Field(description="for this target_fpr")]
-    quantiles: Annotated[dict[str, float], Field(description="of the samples' scores")]
+    samples: Annotated[int | None, Field(description="that count; null while it is open")]
+    min_samples_needed: Annotated[int | None, Field(description="for this promise")]
+    quantiles: Annotated[dict[str, float] | None, Field(description="of the samples' scores")]
 
     @classmethod
     def of(cls, stored: StoredCalibration, **more: object) -> Self:
-        return cls(
-            id=stored.id,
-            created=stored.created,
-            model=ModelReference(
-                name=stored.graph.model, version=stored.graph.version, digest=stored.graph.digest
-            ),
-            active=stored.active,
-            threshold=stored.threshold,
-            target_fpr=stored.target_fpr,
-            achievable_fpr=stored.achievable_fpr,
-            samples=stored.sample_count,
-            min_samples_needed=min_samples(stored.target_fpr),
-            quantiles=stored.quantiles,
-            **more,
+        finish, graph = stored.finish, stored.graph
+        promise: dict[str, Any] = dict.fromkeys(_PROMISE)
+        if finish:
+            promise = {name: getattr(finish, name) for name in _PROMISE}
+            needed = min_samples(finish.target_fpr, finish.confidence)
+            promise |= {"finished": finish.at, "min_samples_needed": needed}
+        return cls.model_validate(
+            {
+                "id": stored.id,
+                "created": stored.created,
+                "created_by": stored.created_by,
+                "model": ModelReference(
+                    name=graph.model, version=graph.version, digest=graph.digest
+                ),
+                "profile": stored.profile or None,
+                "source": stored.source,
+                "state": "deleted" if stored.deleted else "finished" if finish else "open",
+                "active": stored.active,
+                "finished": None,
+                "min_samples_needed": None,
+                "deleted": stored.deleted,
+                "deleted_by": stored.deleted_by,
+            }
+            | promise
+            | more
         )
 
 
-class NewCalibration(CalibrationOut):
+_PROMISE = (
+    "threshold",
+    "target_fpr",
+    "confidence",
+    "achievable_fpr",
+    "samples",
+    "quantiles",
+)
+
+
+class CalibrationDetail(CalibrationOut):
+    """A calibration, and what can be seen of its samples."""
+
+    excluded: int
+    engines: Annotated[list[str], Field(description="what the samples were scored by")]
+    tail: TailOut
+    outliers: Annotated[
+        list[SampleOut], Field(description="the samples that scored highest: look at them")
+    ]
+
+    @classmethod
+    def of_examined(cls, examined: Examined, **more: object) -> Self:
+        id = examined.stored.id
+        return cls.of(
+            examined.stored,
+            **{
+                "samples": examined.counts.counted,
+                "excluded": examined.counts.excluded,
+                "engines": examined.engines,
+                "tail": TailOut.of(examined.tail),
+                "outliers": [SampleOut.of(id, sample) for sample in examined.highest],
+            }
+            | more,
+        )
+
+
+class NewCalibration(CalibrationDetail):
     """The answer to `POST /v1/calibrate`."""
 
     model_config = ConfigDict(
@@ -199,10 +322,18 @@ class NewCalibration(CalibrationOut):
                 {
                     "id": "cal_3f9d0c1b2a4e5f60",
                     "created": "2026-11-22T10:15:00Z",
+                    "created_by": "line-3",
                     "model": _MODEL,
+                    "profile": None,
+                    "source": None,
+                    "state": "finished",
                     "active": True,
+                    "finished": "2026-11-22T10:15:00Z",
+                    "deleted": None,
+                    "deleted_by": None,
                     "threshold": 0.742,
                     "target_fpr": 0.01,
+                    "confidence": None,
                     "achievable_fpr": 0.0099,
                     "samples": 150,
                     "min_samples_needed": 99,
@@ -213,7 +344,21 @@ class NewCalibration(CalibrationOut):
                         "q95": 0.61,
                         "max": 0.73,
                     },
-                    "outliers": [{"name": "part-117.png", "score": 0.73, "sha256": "c3ab" * 16}],
+                    "excluded": 0,
+                    "engines": ["CPUExecutionProvider in float32"],
+                    "tail": {"test": TEST, "p_value": 0.41, "suspects": 0},
+                    "outliers": [
+                        {
+                            "name": "part-117.png",
+                            "sha256": "c3ab" * 16,
+                            "score": 0.73,
+                            "excluded": False,
+                            "engine": "CPUExecutionProvider in float32",
+                            "heatmap": "/v1/calibrations/cal_3f9d0c1b2a4e5f60/samples/"
+                            + "c3ab" * 16
+                            + "/heatmap",
+                        }
+                    ],
                     "duplicates": [],
                     "failed": [{"name": "notes.txt", "reason": "the 312 bytes are no image"}],
                 }
@@ -221,13 +366,40 @@ class NewCalibration(CalibrationOut):
         }
     )
 
-    outliers: Annotated[
-        list[Outlier], Field(description="the samples that scored highest: look at them")
-    ]
     duplicates: Annotated[
         list[str], Field(description="pictures sent more than once, counted once")
     ]
     failed: list[Failure]
+
+    @classmethod
+    def of_samples(cls, examined: Examined, scored: Scored) -> "NewCalibration":
+        failed = [Failure(name=name, reason=reason) for name, reason in scored.failed]
+        return cls.of_examined(examined, duplicates=scored.duplicates, failed=failed)
+
+
+class ActivationOut(BaseModel):
+    """A change of what is in force."""
+
+    at: datetime
+    by: str
+    model: ModelReference
+    profile: str | None
+    calibration: Annotated[
+        str | None, Field(description="null: the bundle's own threshold, or the model's")
+    ]
+    rolled_back: Annotated[bool, Field(description="went back to what was before")]
+
+    @classmethod
+    def of(cls, activation: Activation) -> "ActivationOut":
+        graph = activation.graph
+        return cls(
+            at=activation.at,
+            by=activation.by,
+            model=ModelReference(name=graph.model, version=graph.version, digest=graph.digest),
+            profile=activation.profile or None,
+            calibration=activation.calibration,
+            rolled_back=activation.rolls_back,
+        )
 
 
 class ModelOut(BaseModel):
@@ -249,6 +421,9 @@ class ModelOut(BaseModel):
         float | None, Field(description="null until an imported model is calibrated")
     ]
     calibration: CalibrationReference | None
+    profiles: Annotated[
+        dict[str, CalibrationReference], Field(description="with a calibration of their own")
+    ]
 
     @classmethod
     def of(cls, model: Model, versions: list[int]) -> "ModelOut":
@@ -268,6 +443,11 @@ class ModelOut(BaseModel):
             batch_sizes=list(model.detector.batch_sizes),
             threshold=calibration.threshold if calibration else None,
             calibration=CalibrationReference.of(calibration) if calibration else None,
+            profiles={
+                profile: CalibrationReference.of(own)
+                for profile, own in sorted(model.calibrations.items())
+                if profile
+            },
         )
 
 

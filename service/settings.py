@@ -40,7 +40,12 @@ class Settings(BaseSettings):
         0, description="Threads that compute on the CPU; 0 is one per available core."
     )
     database_url: str = Field(
-        "sqlite:///state/skrd4ad.sqlite", description="Where calibrations are kept."
+        "sqlite:///state/skrd4ad.sqlite",
+        description="Where calibrations are kept: `sqlite:///file`, or "
+        "`postgresql://user:password@host/name`, which several services may share.",
+    )
+    sync_interval_s: Annotated[float, Field(gt=0, le=60)] = Field(
+        1.0, description="How often to look for what another service activated."
     )
     allow_anonymous: bool = Field(
         False, description="Listen beyond loopback although every caller may inspect and calibrate."
@@ -66,10 +71,13 @@ class Settings(BaseSettings):
         50_000_000, description="Most pixels of one image, checked before decoding; beyond it: 413."
     )
     max_calibration_bytes: Annotated[int, Field(ge=1)] = Field(
-        2 * 2**30, description="Largest body of a calibration; beyond it: 413."
+        2 * 2**30, description="Largest body of samples; beyond it: 413."
     )
     max_calibration_images: Annotated[int, Field(ge=1)] = Field(
-        2000, description="Most images in one calibration; beyond it: 400."
+        2000, description="Most images in one request; beyond it: 400."
+    )
+    max_calibration_samples: Annotated[int, Field(ge=1)] = Field(
+        100_000, description="Most samples of one calibration; beyond it: 422."
     )
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         "info", description="`debug`, `info`, `warning` or `error`."

@@ -1,50 +1,32 @@
-"""What changes after export and must survive a restart: calibrations and which one is active."""
+"""What changes after export and must survive: calibrations, their samples, which one is in force.
 
-import logging
+A calibration is opened, filled, looked at and finished; then it never changes. Its samples' scores
+are kept, not the pictures; of the highest scores the anomaly maps are, to be looked at.
+"""
+
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.engine import make_url
 
 from service.calibration import Calibration
-from service.errors import SettingsError
-
-log = logging.getLogger(__name__)
-
-metadata = sa.MetaData()
-calibrations = sa.Table(
-    "calibrations",
-    metadata,
-    sa.Column("id", sa.String(32), primary_key=True),
-    sa.Column("created", sa.String(32), nullable=False),  # UTC, ISO 8601: sorts as text
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
-    sa.Column("active", sa.Boolean, nullable=False),
-    sa.Column("target_fpr", sa.Float, nullable=False),
-    sa.Column("achievable_fpr", sa.Float, nullable=False),
-    sa.Column("threshold", sa.Float, nullable=False),
-    sa.Column("sample_count", sa.Integer, nullable=False),
-    sa.Column("quantiles", sa.JSON, nullable=False),
-    sa.Column("samples", sa.JSON, nullable=False),  # large: read for the active one alone
-    sa.Index("calibrations_by_graph", "model", "version", "digest", "active"),
-    sa.Index("calibrations_by_time", "created"),
+from service.contamination import Tail
+from service.database import Database, activations, calibrations, samples
+from service.errors import (
+    CalibrationFinished,
+    CalibrationInUse,
+    InvalidParameter,
+    NothingToRollBack,
+    UnknownCalibration,
+    UnknownSample,
 )
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One normal image of a calibration; the image itself is not kept."""
-
-    name: str
-    sha256: str
-    score: float
+MAPS_KEPT = 32  # of a calibration: of its highest scores
+_INSERTED_TOGETHER = 500  # rows; databases limit a statement's parameters
 
 
 @dataclass(frozen=True)
@@ -57,143 +39,501 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One normal image of a calibration."""
+
+    name: str
+    sha256: str  # of the bytes that were sent
+    score: float
+    pixels_sha256: str | None = None  # of what the graph saw; None: kept by an older service
+    engine: str | None = None  # provider and precision that scored it
+    excluded: bool = False  # by somebody who looked at it
+    map: bytes | None = field(default=None, repr=False)  # packed, see `heatmap`
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What a finished calibration promises."""
+
+    at: datetime
+    target_fpr: float
+    confidence: float | None
+    achievable_fpr: float
+    threshold: float
+    samples: int
+    quantiles: dict[str, float]
+    tail: Tail | None  # None: finished by an older service
+
+
+@dataclass(frozen=True)
 class StoredCalibration:
-    """A calibration as it is listed: everything but its samples."""
+    """A calibration without its samples."""
 
     id: str
     created: datetime
+    created_by: str
     graph: Graph
+    profile: str  # "": the model's own
+    source: str | None
+    finish: Finish | None  # None: open
     active: bool
-    target_fpr: float
-    achievable_fpr: float
-    threshold: float
-    sample_count: int
-    quantiles: dict[str, float]
+    deleted: datetime | None
+    deleted_by: str | None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A change of what is in force for a graph and profile."""
+
+    at: datetime
+    by: str
+    graph: Graph
+    profile: str
+    calibration: str | None  # None: the bundle's own threshold, or the model's for a profile
+    rolls_back: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a calibration's samples."""
+
+    counted: int
+    excluded: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A calibration made of scores, not stored yet."""
+
+    calibration: Calibration
+    tail: Tail
+    activate: bool
+
+
+Finisher = Callable[[np.ndarray], Made]  # of scores (n,)
 
 
 class Store:
-    """Calibrations in SQLite, or any database that SQLAlchemy's URL names.
+    """Calibrations and activations; every method raises DatabaseAway where the database is."""
 
-    Raises SettingsError where the database can't be opened.
-    """
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def __init__(self, url: str) -> None:
-        try:
-            parsed = make_url(url)
-        except sa.exc.ArgumentError:
-            raise SettingsError(
-                "database_url is no SQLAlchemy URL (sqlite:///file.sqlite)"
-            ) from None
-        try:
-            if parsed.get_backend_name() == "sqlite" and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sa.create_engine(parsed)
-            if parsed.get_backend_name() == "sqlite":
-                sa.event.listen(self._engine, "connect", _write_ahead)
-            if not sa.inspect(self._engine).has_table(calibrations.name):
-                log.warning(
-                    "new database %s: no calibrations yet, every model starts with its bundle's "
-                    "own threshold",
-                    parsed.render_as_string(hide_password=True),
-                )
-            metadata.create_all(self._engine)
-        except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
-            shown = parsed.render_as_string(hide_password=True)
-            raise SettingsError(f"database {shown}: {error}") from error
+    def open(
+        self, graph: Graph, profile: str = "", *, by: str, source: str | None = None
+    ) -> StoredCalibration:
+        """A new calibration without samples, or with those of `source`, excluded ones included.
+
+        Raises UnknownCalibration, or InvalidParameter where `source` is another graph's.
+        """
+        id = new_id()
+        with self._database.write() as connection:
+            _open(connection, id, graph, profile, by, source)
+            if source is not None:
+                _copy_samples(connection, source, id, graph)
+            return _get(connection, id)
+
+    def digests(self, id: str) -> set[str]:
+        """Of the files that the calibration has as samples."""
+        query = sa.select(samples.c.sha256).where(samples.c.calibration == id)
+        with self._database.read() as connection:
+            return set(connection.scalars(query))
+
+    def add_samples(self, id: str, new: Sequence[Sample]) -> list[Sample]:
+        """Adds samples to an open calibration, and returns those that it has already, by file or
+        by pixels.
+
+        Raises UnknownCalibration or CalibrationFinished.
+        """
+        with self._database.write() as connection:
+            check_open(_stored(_locked(connection, id), set()))
+            return self._add(connection, id, new)
+
+    def exclude(self, id: str, sha256: str, excluded: bool) -> None:
+        """Leaves a sample out of an open calibration, or takes it in again.
+
+        Raises UnknownCalibration, UnknownSample or CalibrationFinished.
+        """
+        with self._database.write() as connection:
+            check_open(_stored(_locked(connection, id), set()))
+            changed = connection.execute(
+                samples.update().where(*_is_sample(id, sha256)).values(excluded=excluded)
+            )
+            if not changed.rowcount:
+                raise UnknownSample(f"calibration {id} has no sample {sha256}")
+
+    def finish(self, id: str, make: Finisher, *, by: str) -> StoredCalibration:
+        """Finishes a calibration with what `make` gives for its scores, all or nothing.
+
+        Raises what `make` raises, UnknownCalibration or CalibrationFinished.
+        """
+        with self._database.write() as connection:
+            check_open(_stored(_locked(connection, id), set()))
+            _finish(connection, id, make, by)
+            return _get(connection, id)
 
     def add(
-        self, graph: Graph, calibration: Calibration, samples: list[Sample], *, activate: bool
-    ) -> StoredCalibration:
-        """Keep a calibration; activating it replaces the one active for the same graph."""
-        values = {
-            "id": calibration.id,
-            "created": datetime.now(UTC).isoformat(),
-            **vars(graph),
-            "active": activate,
-            "target_fpr": calibration.target_fpr,
-            "achievable_fpr": calibration.achievable_fpr,
-            "threshold": calibration.threshold,
-            "sample_count": calibration.samples,
-            "quantiles": calibration.quantiles(),
-        }
-        with self._engine.begin() as connection:
-            if activate:
-                _deactivate(connection, graph)
-            stored = [vars(sample) for sample in samples]
-            connection.execute(calibrations.insert().values(**values, samples=stored))
-        return _listed(SimpleNamespace(**values))
+        self, graph: Graph, new: Sequence[Sample], make: Finisher, *, profile: str = "", by: str
+    ) -> tuple[StoredCalibration, list[Sample]]:
+        """A calibration opened, filled and finished at once, all or nothing, and the samples that
+        were there already; raises as `finish`."""
+        id = new_id()
+        with self._database.write() as connection:
+            _open(connection, id, graph, profile, by, None)
+            taken = self._add(connection, id, new)
+            _finish(connection, id, make, by)
+            return _get(connection, id), taken
 
-    def list(self, model: str | None = None, limit: int = 100) -> list[StoredCalibration]:
-        """Calibrations, or those of one model, newest first."""
-        query = sa.select(*_LISTED).order_by(calibrations.c.created.desc()).limit(limit)
+    def get(self, id: str) -> StoredCalibration:
+        """Raises UnknownCalibration. A deleted one is still found."""
+        with self._database.read() as connection:
+            return _get(connection, id)
+
+    def find(
+        self, model: str | None = None, profile: str | None = None, limit: int = 100
+    ) -> list[StoredCalibration]:
+        """Calibrations, or those of a model or profile, newest first; deleted ones left out."""
+        query = sa.select(calibrations).where(calibrations.c.deleted.is_(None))
         if model is not None:
             query = query.where(calibrations.c.model == model)
-        with self._engine.begin() as connection:
-            return [_listed(row) for row in connection.execute(query)]
+        if profile is not None:
+            query = query.where(calibrations.c.profile == profile)
+        query = query.order_by(calibrations.c.created.desc(), calibrations.c.id).limit(limit)
+        with self._database.read() as connection:
+            active = _active_ids(connection)
+            return [_stored(row, active) for row in connection.execute(query)]
 
-    def get(self, id: str) -> StoredCalibration | None:
-        query = sa.select(*_LISTED).where(calibrations.c.id == id)
-        with self._engine.begin() as connection:
-            row = connection.execute(query).first()
-        return _listed(row) if row else None
+    def samples(self, id: str, limit: int = 100, offset: int = 0) -> list[Sample]:
+        """Samples without their maps, highest score first; raises UnknownCalibration."""
+        columns = [column for column in samples.c if column.name not in ("calibration", "map")]
+        query = (
+            sa.select(*columns)
+            .where(samples.c.calibration == id)
+            .order_by(samples.c.score.desc(), samples.c.sha256)
+            .limit(limit)
+            .offset(offset)
+        )
+        with self._database.read() as connection:
+            _get(connection, id)
+            return [Sample(**row) for row in connection.execute(query).mappings()]
 
-    def activate(self, calibration: StoredCalibration) -> None:
-        """Make it the active one of its graph."""
-        with self._engine.begin() as connection:
-            _deactivate(connection, calibration.graph)
-            chosen = calibrations.c.id == calibration.id
-            connection.execute(calibrations.update().where(chosen).values(active=True))
-
-    def deactivate(self, graph: Graph) -> None:
-        """Leave a graph without an active calibration: its bundle's own threshold applies."""
-        with self._engine.begin() as connection:
-            _deactivate(connection, graph)
-
-    def active(self, graph: Graph) -> Calibration | None:
-        """The active calibration of a graph, with the threshold that was told when it was made."""
-        query = sa.select(calibrations).where(*_of(graph), calibrations.c.active)
-        with self._engine.begin() as connection:
-            row = connection.execute(query).first()
+    def sample(self, id: str, sha256: str) -> Sample:
+        """One sample with its map; raises UnknownSample."""
+        columns = [column for column in samples.c if column.name != "calibration"]
+        query = sa.select(*columns).where(*_is_sample(id, sha256))
+        with self._database.read() as connection:
+            row = connection.execute(query).mappings().first()
         if row is None:
-            return None
-        scores = np.array([sample["score"] for sample in row.samples])
-        return Calibration(row.id, row.target_fpr, scores, row.threshold)
+            raise UnknownSample(f"calibration {id} has no sample {sha256}")
+        return Sample(**row)
 
-    def close(self) -> None:
-        self._engine.dispose()
+    def scores(self, id: str) -> np.ndarray:
+        """Scores (n,) of the samples that count."""
+        with self._database.read() as connection:
+            return _scores(connection, id)
+
+    def counts(self, id: str) -> Counts:
+        query = sa.select(
+            sa.func.count(),
+            sa.func.coalesce(sa.func.sum(sa.cast(samples.c.excluded, sa.Integer)), 0),
+        ).where(samples.c.calibration == id)
+        with self._database.read() as connection:
+            total, excluded = connection.execute(query).one()
+        return Counts(total - excluded, excluded)
+
+    def engines(self, id: str) -> list[str]:
+        """What its samples were scored by."""
+        query = (
+            sa.select(samples.c.engine)
+            .where(samples.c.calibration == id, samples.c.engine.is_not(None))
+            .distinct()
+            .order_by(samples.c.engine)
+        )
+        with self._database.read() as connection:
+            return [str(engine) for engine in connection.scalars(query)]
+
+    def activate(self, id: str, *, by: str) -> None:
+        """Puts a finished calibration in force for its graph and profile.
+
+        Raises UnknownCalibration, or CalibrationFinished where it isn't.
+        """
+        with self._database.write() as connection:
+            row = _locked(connection, id)
+            if row.finished is None:
+                raise CalibrationFinished(f"calibration {id} is open: finish it first")
+            _activate(connection, _graph(row), row.profile, id, by)
+
+    def deactivate(self, graph: Graph, profile: str = "", *, by: str) -> None:
+        """Leaves a graph's profile without a calibration of its own."""
+        with self._database.write() as connection:
+            _activate(connection, graph, profile, None, by)
+
+    def roll_back(self, graph: Graph, profile: str = "", *, by: str) -> str | None:
+        """Puts in force what was before the last activation that still stands, and returns it.
+
+        Raises NothingToRollBack.
+        """
+        with self._database.write() as connection:
+            if connection.dialect.name == "postgresql":  # two at once would both go one step
+                connection.execute(sa.text("LOCK TABLE activations IN SHARE ROW EXCLUSIVE MODE"))
+            stack = _standing(connection, graph, profile)
+            if len(stack) < 2:
+                raise NothingToRollBack(
+                    f"nothing was in force before for {graph.model} version {graph.version}"
+                    + (f", profile {profile}" if profile else "")
+                )
+            _activate(connection, graph, profile, stack[-2], by, rolls_back=True)
+            return stack[-2]
+
+    def delete(self, id: str, *, by: str) -> None:
+        """Removes an open calibration; a finished one leaves the lists, and can still be traced.
+
+        Raises UnknownCalibration, or CalibrationInUse where it is in force.
+        """
+        with self._database.write() as connection:
+            row = _locked(connection, id)
+            if row.finished is None:
+                connection.execute(calibrations.delete().where(calibrations.c.id == id))
+                return
+            if id in _active_ids(connection):
+                raise CalibrationInUse(
+                    f"calibration {id} is in force: activate another one, or deactivate it, first"
+                )
+            gone = {"deleted": _now(), "deleted_by": by}
+            connection.execute(calibrations.update().where(calibrations.c.id == id).values(**gone))
+            connection.execute(samples.update().where(samples.c.calibration == id).values(map=None))
+
+    def active(self, graph: Graph) -> dict[str, str]:
+        """Ids of the calibrations in force for a graph, by profile."""
+        with self._database.read() as connection:
+            rows = connection.execute(_latest().where(*_of(activations, graph)))
+            return {row.profile: row.calibration for row in rows if row.calibration is not None}
+
+    def calibration(self, id: str) -> Calibration:
+        """A finished calibration to decide by, with the threshold that was told when it was made.
+
+        Raises UnknownCalibration.
+        """
+        with self._database.read() as connection:
+            row = _row(connection, id)
+            return Calibration(
+                row.id,
+                row.target_fpr,
+                _scores(connection, id),
+                confidence=row.confidence,
+                profile=row.profile,
+                kept_threshold=row.threshold,
+            )
+
+    def history(self, model: str | None = None, limit: int = 100) -> list[Activation]:
+        """Changes of what is in force, newest first."""
+        query = sa.select(activations).order_by(activations.c.id.desc()).limit(limit)
+        if model is not None:
+            query = query.where(activations.c.model == model)
+        with self._database.read() as connection:
+            return [
+                Activation(
+                    row.at, row.by, _graph(row), row.profile, row.calibration, row.rolls_back
+                )
+                for row in connection.execute(query)
+            ]
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever an activation is stored, by this service or another."""
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.max(activations.c.id), 0))
+        with self._database.read() as connection:
+            count, last = connection.execute(query).one()
+        return count, last
+
+    def _add(self, connection: sa.Connection, id: str, new: Sequence[Sample]) -> list[Sample]:
+        insert = self._database.insert_new(samples).returning(samples.c.sha256)
+        taken = []
+        for start in range(0, len(new), _INSERTED_TOGETHER):
+            part = new[start : start + _INSERTED_TOGETHER]
+            rows = [{"calibration": id, **vars(sample)} for sample in part]
+            inserted = set(connection.scalars(insert.values(rows)))
+            for sample in part:
+                if sample.sha256 in inserted:
+                    inserted.remove(sample.sha256)  # if it comes again, that is a duplicate
+                else:
+                    taken.append(sample)
+        highest = (
+            sa.select(samples.c.sha256)
+            .where(samples.c.calibration == id)
+            .order_by(samples.c.score.desc(), samples.c.sha256)
+            .limit(MAPS_KEPT)
+        )
+        beyond = [samples.c.calibration == id, samples.c.map.is_not(None)]
+        connection.execute(
+            samples.update().where(*beyond, samples.c.sha256.not_in(highest)).values(map=None)
+        )
+        return taken
 
 
 def new_id() -> str:
     return f"cal_{secrets.token_hex(8)}"
 
 
-_LISTED = [column for column in calibrations.c if column.name != "samples"]
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
-def _of(graph: Graph) -> list[sa.ColumnElement[bool]]:
-    return [calibrations.c[name] == value for name, value in vars(graph).items()]
+def _of(table: sa.Table, graph: Graph) -> list[sa.ColumnElement[bool]]:
+    return [table.c[name] == value for name, value in vars(graph).items()]
 
 
-def _deactivate(connection: sa.Connection, graph: Graph) -> None:
-    connection.execute(calibrations.update().where(*_of(graph)).values(active=False))
+def _graph(row: Any) -> Graph:
+    return Graph(row.model, row.version, row.digest)
 
 
-def _listed(row: Any) -> StoredCalibration:
+def _is_sample(id: str, sha256: str) -> list[sa.ColumnElement[bool]]:
+    return [samples.c.calibration == id, samples.c.sha256 == sha256]
+
+
+def _row(connection: sa.Connection, id: str, *, lock: bool = False) -> Any:
+    query = sa.select(calibrations).where(calibrations.c.id == id)
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise UnknownCalibration(f"there is no calibration {id!r}")
+    return row
+
+
+def _locked(connection: sa.Connection, id: str) -> Any:
+    """The row, which nobody else changes before this transaction ends."""
+    row = _row(connection, id, lock=True)
+    if row.deleted is not None:
+        raise UnknownCalibration(f"calibration {id} was deleted on {row.deleted:%Y-%m-%d}")
+    return row
+
+
+def check_open(calibration: StoredCalibration) -> None:
+    """Raises CalibrationFinished."""
+    if calibration.finish is not None:
+        raise CalibrationFinished(
+            f"calibration {calibration.id} is finished and never changes: open a new one with "
+            f"source={calibration.id}, which has its samples"
+        )
+
+
+def _open(
+    connection: sa.Connection, id: str, graph: Graph, profile: str, by: str, source: str | None
+) -> None:
+    made = {"id": id, "created": _now(), "created_by": by, "profile": profile, "source": source}
+    connection.execute(calibrations.insert().values(**made, **vars(graph)))
+
+
+def _copy_samples(connection: sa.Connection, source: str, id: str, graph: Graph) -> None:
+    row = _row(connection, source)
+    if _graph(row) != graph:
+        raise InvalidParameter(
+            f"calibration {source} is of {row.model} version {row.version} ({row.digest[:12]}…), "
+            "whose scores say nothing about another graph"
+        )
+    names = [column.name for column in samples.c if column.name != "calibration"]
+    copies = sa.select(sa.literal(id), *(samples.c[name] for name in names)).where(
+        samples.c.calibration == source
+    )
+    connection.execute(samples.insert().from_select(["calibration", *names], copies))
+
+
+def _scores(connection: sa.Connection, id: str) -> np.ndarray:
+    query = sa.select(samples.c.score).where(
+        samples.c.calibration == id, samples.c.excluded.is_(False)
+    )
+    return np.array(connection.scalars(query).all(), np.float64)
+
+
+def _finish(connection: sa.Connection, id: str, make: Finisher, by: str) -> None:
+    made = make(_scores(connection, id))
+    connection.execute(
+        calibrations.update()
+        .where(calibrations.c.id == id)
+        .values(
+            finished=_now(),
+            target_fpr=made.calibration.target_fpr,
+            confidence=made.calibration.confidence,
+            achievable_fpr=made.calibration.achievable_fpr,
+            threshold=made.calibration.threshold,
+            sample_count=made.calibration.samples,
+            quantiles=made.calibration.quantiles(),
+            tail=vars(made.tail),
+        )
+    )
+    if made.activate:
+        row = _row(connection, id)
+        _activate(connection, _graph(row), row.profile, id, by)
+
+
+def _get(connection: sa.Connection, id: str) -> StoredCalibration:
+    return _stored(_row(connection, id), _active_ids(connection))
+
+
+def _stored(row: Any, active: set[str]) -> StoredCalibration:
+    finish = None
+    if row.finished is not None:
+        finish = Finish(
+            row.finished,
+            row.target_fpr,
+            row.confidence,
+            row.achievable_fpr,
+            row.threshold,
+            row.sample_count,
+            row.quantiles,
+            Tail(**row.tail) if row.tail else None,
+        )
     return StoredCalibration(
         id=row.id,
-        created=datetime.fromisoformat(row.created),
-        graph=Graph(row.model, row.version, row.digest),
-        active=row.active,
-        target_fpr=row.target_fpr,
-        achievable_fpr=row.achievable_fpr,
-        threshold=row.threshold,
-        sample_count=row.sample_count,
-        quantiles=row.quantiles,
+        created=row.created,
+        created_by=row.created_by,
+        graph=_graph(row),
+        profile=row.profile,
+        source=row.source,
+        finish=finish,
+        active=row.id in active,
+        deleted=row.deleted,
+        deleted_by=row.deleted_by,
     )
 
 
-def _write_ahead(connection: Any, record: Any) -> None:
-    """Readers never wait for a writer, and a commit survives a crash."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA busy_timeout=5000")
+def _latest() -> sa.Select[Any]:
+    """The last activation of every graph and profile."""
+    c = activations.c
+    last = sa.select(sa.func.max(c.id)).group_by(c.model, c.version, c.digest, c.profile)
+    return sa.select(activations).where(c.id.in_(last))
+
+
+def _active_ids(connection: sa.Connection) -> set[str]:
+    return {row.calibration for row in connection.execute(_latest()) if row.calibration}
+
+
+def _activate(
+    connection: sa.Connection,
+    graph: Graph,
+    profile: str,
+    id: str | None,
+    by: str,
+    *,
+    rolls_back: bool = False,
+) -> None:
+    changed = {"at": _now(), "by": by, "profile": profile, "rolls_back": rolls_back}
+    connection.execute(activations.insert().values(calibration=id, **changed, **vars(graph)))
+
+
+def _standing(connection: sa.Connection, graph: Graph, profile: str) -> list[str | None]:
+    """What was put in force and not rolled back since, oldest first; first of all the bundle's own.
+
+    Calibrations that were deleted meanwhile can't be gone back to and are left out.
+    """
+    query = (
+        sa.select(activations.c.calibration, activations.c.rolls_back, calibrations.c.deleted)
+        .join(calibrations, activations.c.calibration == calibrations.c.id, isouter=True)
+        .where(*_of(activations, graph), activations.c.profile == profile)
+        .order_by(activations.c.id)
+    )
+    stack: list[tuple[str | None, bool]] = [(None, False)]
+    for row in connection.execute(query):
+        if row.rolls_back:
+            stack.pop()
+        elif row.calibration != stack[-1][0]:
+            stack.append((row.calibration, row.deleted is not None))
+    return [id for id, deleted in stack if not deleted]

@@ -1,10 +1,11 @@
-"""Request bodies -> encoded images: raw, or as the files of a multipart form.
+"""Request bodies -> encoded images: raw, as the files of a multipart form, or of an archive.
 
 Bodies are refused as soon as they are known to pass a limit, and a form's files are handed on one
 by one while the rest still arrives. Every byte is copied once, into the image that it belongs to.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from python_multipart import MultipartParser
@@ -13,6 +14,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 from starlette.types import Message
 
+from service import archives
 from service.errors import InvalidForm, InvalidImage, InvalidParameter, TooLarge, UnsupportedFormat
 
 FORM = "multipart/form-data"
@@ -73,17 +75,24 @@ async def image(request: Request) -> bytes:
 
 async def images(
     request: Request, max_images: int, max_bytes: int
-) -> AsyncIterator[tuple[str, bytes]]:
-    """(file name, bytes) of every multipart field `images`, as they arrive; of a file beyond
-    `max_bytes`, only one byte more, which is enough to refuse it.
+) -> AsyncGenerator[tuple[str, bytes]]:
+    """(file name, bytes) of every multipart field `images`, or file of an archive, as they arrive;
+    of a form's file beyond `max_bytes`, only one byte more, which is enough to refuse it.
 
-    Raises InvalidForm, InvalidParameter or UnsupportedFormat.
+    Raises InvalidForm, InvalidParameter, UnsupportedFormat, or what `archives.members` raises.
     """
     content_type = _content_type(request)
+    if content_type in archives.CONTENT_TYPES:
+        limits = archives.Limits(max_images, max_bytes)
+        async with aclosing(archives.members(request.stream(), limits)) as found:
+            async for member in found:
+                yield member
+        return
     if content_type != FORM:
         raise UnsupportedFormat(
             f"Content-Type {content_type or '(none)'}: send multipart/form-data with one field "
-            "`images` for each file"
+            f"`images` for each file, or an archive as {archives.CONTENT_TYPES[0]} or application/"
+            "x-tar"
         )
     number = 0
     async for part in parts(request, max_images, max_bytes + 1):

@@ -5,7 +5,14 @@ picture is an anomaly of known score, place and size. It is run by the real ONNX
 """
 
 import io
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,11 +36,60 @@ from service.bundle import (
     Teacher,
     TrainingData,
 )
+from service.database import Database
 from service.image import digest
 from service.settings import Settings
 
+# `apt-get install postgresql` puts them where no PATH looks.
+POSTGRESQL = sorted(
+    Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parts[-2])
+)
 HAS_CUDA = devices.CUDA in ort.get_available_providers() and Path("/dev/nvidia0").exists()
 SIZE = (64, 96)  # height, width: not square, so that swapped axes show
+
+
+class PostgreSql:
+    """A server on a free port, over a folder that is removed afterwards."""
+
+    def __init__(self, binaries: Path) -> None:
+        self._binaries = binaries
+        self._folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        # It refuses to run as root; the package made a user for it.
+        self._as = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        if self._as:
+            shutil.chown(self._folder, "postgres")
+        self._run("initdb", "-A", "trust", "-U", "postgres", "-N", "-D", str(self._data))
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    def start(self) -> None:
+        options = f"-p {self._port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self._run("pg_ctl", "-w", "-D", str(self._data), "-o", options, "-l", self._log, "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-w", "-m", "immediate", "-D", str(self._data), "stop")
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder)
+
+    def new_database(self) -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", name)
+        return f"postgresql://postgres@127.0.0.1:{self._port}/{name}"
+
+    @property
+    def _log(self) -> str:
+        return str(self._folder / "log")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self._as, str(self._binaries / program), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=60)
+        assert done.returncode == 0, done.stderr
 
 
 def brightness_graph(
@@ -153,6 +209,35 @@ def write_bundle(tmp_path: Path) -> Callable[..., Bundle]:
         return Bundle(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSql]:
+    """A real server of this session's own; skips where none is installed."""
+    if not POSTGRESQL:
+        pytest.skip("no PostgreSQL is installed: apt-get install postgresql")
+    if os.getuid() == 0 and not shutil.which("runuser"):
+        pytest.skip("PostgreSQL doesn't run as root, and there is no runuser")
+    server = PostgreSql(POSTGRESQL[-1])
+    server.start()
+    yield server
+    server.stop()
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database that is not there yet, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state' / 'service.sqlite'}"
+    server: PostgreSql = request.getfixturevalue("postgresql")
+    return server.new_database()
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    with closing(Database(database_url)) as database:
+        yield database
 
 
 @pytest.fixture

@@ -58,9 +58,15 @@ def test_a_spotted_image_is_anomalous_with_its_place(client: TestClient) -> None
     assert answer["decision"] == "anomalous"
     assert answer["score"] == pytest.approx(204 / 255)
     assert answer["threshold"] == pytest.approx(0.3, rel=1e-4)
-    assert answer["threshold_source"] == "calibration"
+    assert answer["threshold_source"] == "bundle"
     assert answer["p_value"] == pytest.approx(1 / 100)
-    assert answer["calibration"] == {"id": "bundle", "target_fpr": 0.01, "samples": 99}
+    assert answer["calibration"] == {
+        "id": "bundle",
+        "profile": None,
+        "target_fpr": 0.01,
+        "confidence": None,
+        "samples": 99,
+    }
     assert answer["image"] == {"width": 96, "height": 64, "sha256": digest(data)}
     (region,) = answer["regions"]
     assert [region[k] for k in ("x", "y", "width", "height", "area")] == [30, 20, 20, 10, 200]
@@ -511,7 +517,14 @@ def test_a_calibration_answers_with_its_threshold_and_is_used(client: TestClient
     answer = inspect(client, encoded(picture(0.25))).json()
     assert answer["decision"] == "anomalous"  # normal at the bundle's own threshold of 0.3
     assert answer["threshold"] == made["threshold"]
-    assert answer["calibration"] == {"id": made["id"], "target_fpr": 0.05, "samples": 40}
+    assert answer["threshold_source"] == "calibration"
+    assert answer["calibration"] == {
+        "id": made["id"],
+        "profile": None,
+        "target_fpr": 0.05,
+        "confidence": None,
+        "samples": 40,
+    }
 
 
 def test_a_calibration_survives_a_restart(settings: Settings, write_bundle: Write) -> None:

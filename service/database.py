@@ -1,0 +1,236 @@
+"""The database: SQLite beside the service, or PostgreSQL for several of them; its tables, and the
+migrations that bring an older database up to them.
+
+Writers of SQLite take its lock when they begin, so that none fails halfway for having read first.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
+
+from service.errors import DatabaseAway, SettingsError
+
+log = logging.getLogger(__name__)
+
+_INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATION_LOCK = 0x5C24D4AD  # any number that all replicas agree on
+_BUSY_S = 5  # how long a writer waits for another
+_AWAY_S = 5  # how long to wait for a server that doesn't answer
+_STATEMENT_MS = 30_000
+
+
+class UtcTime(sa.types.TypeDecorator[datetime]):
+    """A moment; SQLite has no time zones, so that there it is written in UTC without one."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        utc = value.astimezone(UTC)
+        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = sa.MetaData()
+
+calibrations = sa.Table(
+    "calibrations",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("created_by", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("profile", sa.String(64), nullable=False),  # "": the model's own
+    sa.Column("source", sa.String(32)),  # the calibration whose samples it began with
+    # All that follows is null until it is finished, and never changes afterwards.
+    sa.Column("finished", UtcTime),
+    sa.Column("target_fpr", sa.Float),
+    sa.Column("confidence", sa.Float),
+    sa.Column("achievable_fpr", sa.Float),
+    sa.Column("threshold", sa.Float),
+    sa.Column("sample_count", sa.Integer),
+    sa.Column("quantiles", sa.JSON),
+    sa.Column("tail", sa.JSON),
+    # Nobody sees it in lists any more, but decisions that it made can still be traced to it.
+    sa.Column("deleted", UtcTime),
+    sa.Column("deleted_by", sa.String(64)),
+    sa.Index("calibrations_by_graph", "model", "version", "digest"),
+    sa.Index("calibrations_by_time", "created"),
+)
+
+samples = sa.Table(
+    "samples",
+    metadata,
+    sa.Column(
+        "calibration",
+        sa.String(32),
+        sa.ForeignKey("calibrations.id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("sha256", sa.String(64), primary_key=True),  # of the bytes that were sent
+    sa.Column("pixels_sha256", sa.String(64)),  # of what the graph saw; null before version 2
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("score", sa.Float, nullable=False),
+    sa.Column("engine", sa.String(64)),  # what the graph ran on; null before version 2
+    sa.Column("excluded", sa.Boolean, nullable=False),
+    sa.Column("map", sa.LargeBinary),  # of the highest scores, see `store`
+    sa.UniqueConstraint("calibration", "pixels_sha256", name="samples_differ"),
+    sa.Index("samples_by_score", "calibration", "score"),
+)
+
+# What is in force is the last row of a graph and profile; so that a change is one insertion, and
+# who changed what when is never lost.
+activations = sa.Table(
+    "activations",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("profile", sa.String(64), nullable=False),
+    sa.Column("calibration", sa.String(32), sa.ForeignKey("calibrations.id")),  # null: bundle's
+    sa.Column("rolls_back", sa.Boolean, nullable=False),
+    sa.Index("activations_by_graph", "model", "version", "digest", "profile"),
+)
+
+
+class Database:
+    """An engine on a migrated database.
+
+    Raises SettingsError where `url` is none, the database can't be opened, or a newer version of
+    the service made it.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parsed(url)
+        self.shown = parsed.render_as_string(hide_password=True)
+        try:
+            self._engine = _engine(parsed)
+        except (OSError, ImportError) as error:
+            raise SettingsError(f"database {self.shown}: {error}") from error
+        try:
+            with self.write() as connection:
+                self._migrate(connection)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, CommandError):
+                reason = f"database {self.shown}: a newer version of the service made it ({error})"
+            elif isinstance(error, DatabaseAway):
+                reason = str(error)
+            elif isinstance(error, sa.exc.SQLAlchemyError):
+                reason = f"database {self.shown}: {error}"
+            else:
+                raise
+            raise SettingsError(reason) from error
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that sees one state; raises DatabaseAway."""
+        with self._transaction(write=False) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that is committed whole or not at all; raises DatabaseAway."""
+        with self._transaction(write=True) as connection:
+            yield connection
+
+    def insert_new(self, table: sa.Table) -> Any:
+        """An insertion that leaves out rows whose keys are taken."""
+        return _INSERTS[self._engine.dialect.name](table).on_conflict_do_nothing()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect() as connection:
+                connection.execution_options(skrd4ad_write=write)
+                with connection.begin():
+                    yield connection
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            reason = str(error.orig if isinstance(error, sa.exc.OperationalError) else error)
+            raise DatabaseAway(f"database {self.shown}: {reason.strip()}") from error
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        if connection.dialect.name == "postgresql":  # replicas that start together take turns
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        if not sa.inspect(connection).get_table_names():
+            log.warning(
+                "new database %s: no calibrations yet, every model starts with its bundle's own "
+                "threshold",
+                self.shown,
+            )
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _parsed(url: str) -> sa.URL:
+    try:
+        parsed = make_url(url)
+    except sa.exc.ArgumentError:
+        raise SettingsError(
+            "database_url is no SQLAlchemy URL (sqlite:///file.sqlite, postgresql://host/name)"
+        ) from None
+    if parsed.get_backend_name() not in _INSERTS:
+        raise SettingsError(
+            f"database {parsed.render_as_string(hide_password=True)}: "
+            f"{parsed.get_backend_name()} is none of {', '.join(_INSERTS)}"
+        )
+    return parsed
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    if url.get_backend_name() == "sqlite":
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, connect_args={"timeout": _BUSY_S})
+        sa.event.listen(engine, "connect", _configure_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,  # a connection that the server closed meanwhile is replaced unseen
+        pool_timeout=_AWAY_S,
+        connect_args={
+            "connect_timeout": _AWAY_S,
+            "options": f"-c statement_timeout={_STATEMENT_MS}",
+        },
+    )
+
+
+def _configure_sqlite(connection: Any, record: Any) -> None:
+    """Readers never wait for a writer, and a commit survives a crash."""
+    connection.isolation_level = None  # else Python begins by itself, too late and not for tables
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("skrd4ad_write", True)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

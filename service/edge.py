@@ -1,0 +1,198 @@
+"""What all routes share: parameters, deadlines, and errors as RFC 9457 problem+json."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.bundle import NAME_PATTERN
+from service.errors import DeadlineExceeded, InvalidParameter, ServiceError, TooFewSamples
+from service.schemas import Problem
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PROBLEM_JSON = "application/problem+json"
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
+ANONYMOUS = "anonymous"
+
+ModelName = Annotated[
+    str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
+]
+Version = Annotated[int | None, Query(ge=1, description="default: the newest at start")]
+Digest = Annotated[
+    str | None,
+    Query(pattern="^[0-9a-f]{64}$", description="refuse to answer with any other graph than this"),
+]
+
+Deadline = Annotated[
+    int | None,
+    Header(
+        alias="X-Request-Timeout-Ms",
+        ge=1,
+        le=86_400_000,
+        description="answer within these milliseconds or not at all; the service's own deadline "
+        "stays in force",
+    ),
+]
+
+Profile = Annotated[
+    str,
+    Query(
+        pattern=f"{NAME_PATTERN}|^$",
+        description="camera, station or variant with a calibration of its own; without one, the "
+        "model's is in force",
+    ),
+]
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error of the app's routes is a problem, in its answers and in its OpenAPI."""
+    app.add_exception_handler(Exception, _answer_problem)
+    app.add_exception_handler(ClientDisconnect, _answer_departure)
+    for kind in (ServiceError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_problem)
+
+
+def caller(request: Request) -> str:
+    """Who asks, by the name of their key."""
+    return str(getattr(request.state, "caller", ANONYMOUS))
+
+
+class StrictRoute(APIRoute):
+    """Refuses a misspelt parameter, which would otherwise leave its default in force unseen.
+
+    Probes and scrapers may add what they like.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if not self.path.startswith("/v1/"):
+            return handle
+        known = {parameter.alias for parameter in self.dependant.query_params}
+
+        async def check_and_handle(request: Request) -> Response:
+            for name in request.query_params:
+                if name not in known:
+                    raise InvalidParameter(
+                        f"unknown parameter {name!r}; there are: "
+                        f"{', '.join(sorted(known)) or 'none'}"
+                    )
+            return await handle(request)
+
+        return check_and_handle
+
+
+@asynccontextmanager
+async def within(seconds: float, asked_ms: int | None = None) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded after `seconds`, or earlier where the caller asked for that."""
+    if asked_ms is not None:
+        seconds = min(seconds, asked_ms / 1e3)
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"not answered within {seconds:g} s") from None
+
+
+async def unless_departed(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None where the client left first, which cancels it.
+
+    Starlette doesn't cancel a handler whose client has gone. The body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    departure = asyncio.create_task(_departure(request))
+    try:
+        await asyncio.wait((task, departure), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        departure.cancel()
+        del task  # which has the error, whose traceback has this frame
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer_departure(request: Request, error: Exception) -> Response:
+    """The client left while it was sending: nobody's fault, and no error in the counters."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _answer_problem(request: Request, error: Exception) -> Response:
+    """Any exception as RFC 9457 problem+json, with the status of the tree in `errors`."""
+    extra: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    if isinstance(error, ServiceError):
+        kind, title, status, detail = type(error).__name__, error.title, error.status, str(error)
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, TooFewSamples):
+            extra = {"samples": error.samples, "min_samples_needed": error.needed}
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        kind, title, status = "InvalidParameter", InvalidParameter.title, InvalidParameter.status
+        detail = f"{first['loc'][-1]} = {first.get('input')!r}: {first['msg']}"
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        title = HTTPStatus(status).phrase
+        kind = title.title().replace(" ", "")
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        headers = dict(error.headers or {})
+    else:
+        log.error("request_id=%s failed", request.state.request_id, exc_info=error)
+        kind, title, status = "Internal", "Internal error", 500
+        detail = "the service failed; its log has the reason under this request_id"
+    if status >= 500 and isinstance(error, ServiceError):
+        log.error("request_id=%s %s: %s", request.state.request_id, kind, detail)
+    slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
+    problem = Problem(
+        type=f"urn:skrd4ad:problem:{slug}",
+        title=title,
+        status=status,
+        detail=detail,
+        request_id=request.state.request_id,
+        **extra,
+    )
+    headers["X-Request-Id"] = request.state.request_id
+    return JSONResponse(problem.model_dump(), status, headers, media_type=PROBLEM_JSON)
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the errors that a route can answer with; `_openapi` gives them a body."""
+    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with every error as the problem+json that it really is."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        license_info=app.license_info,
+        routes=app.routes,
+    )
+    body = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for methods in document["paths"].values():
+        for route in methods.values():
+            for status, response in route["responses"].items():
+                if int(status) >= 400:
+                    response["content"] = body
+    schemas = document["components"]["schemas"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["Problem"] = Problem.model_json_schema()
+    return document
