@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test lint format demo demo-model bench bench-peers constraints clean
+.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,6 +43,9 @@ install: .venv/development-$(RUNTIME)  ## install training and test tools as wel
 
 test: lint  ## install everything, check format, lint and types, run all tests
 	.venv/bin/python -m pytest
+
+test-slow: .venv/development-$(RUNTIME)  ## what takes minutes: hundreds of crashes
+	.venv/bin/python -m pytest -m slow
 
 lint: .venv/development-$(RUNTIME)  ## check format, lint and types
 	.venv/bin/ruff format --check .

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import beta, binom
 
 from service.calibration import (
     Calibration,
@@ -130,3 +131,102 @@ def test_quantiles_are_those_of_the_samples() -> None:
     quantiles = Calibration("c", 0.05, np.arange(101.0)).quantiles()
 
     assert quantiles == {"min": 0.0, "q05": 5.0, "q50": 50.0, "q95": 95.0, "max": 100.0}
+
+
+# With a confidence
+
+
+def by_the_binomial(samples: int, target: float, confidence: float) -> int | None:
+    """The most samples above the threshold, by SciPy; None where not even none is allowed."""
+    allowed = [
+        above
+        for above in range(samples)
+        if binom.cdf(above, samples, target) <= (1 - confidence) * (1 + 1e-9)
+    ]
+    return max(allowed, default=None)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("target", [0.3, 0.05, 0.01])
+@pytest.mark.parametrize("samples", [1, 10, 59, 299, 1000])
+def test_the_threshold_leaves_as_many_samples_above_as_the_binomial_tail_allows(
+    samples: int, target: float, confidence: float
+) -> None:
+    allowed = by_the_binomial(samples, target, confidence)
+    scores = np.arange(1.0, samples + 1)
+    if allowed is None:
+        with pytest.raises(TooFewSamples, match=f"with confidence {confidence:g}"):
+            Calibration("c", target, scores, confidence=confidence)
+        return
+
+    calibration = Calibration("c", target, scores, confidence=confidence)
+
+    assert (scores >= calibration.threshold).sum() == allowed
+    assert calibration.achievable_fpr == pytest.approx(
+        beta.ppf(confidence, allowed + 1, samples - allowed), abs=1e-9
+    )
+    assert calibration.achievable_fpr <= target + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("target", "confidence", "needed"), [(0.05, 0.95, 59), (0.01, 0.95, 299), (0.001, 0.99, 4603)]
+)
+def test_the_number_of_samples_needed_for_a_confidence_is_the_fewest_that_do(
+    target: float, confidence: float, needed: int
+) -> None:
+    assert min_samples(target, confidence) == needed
+    assert by_the_binomial(needed, target, confidence) == 0
+    assert by_the_binomial(needed - 1, target, confidence) is None
+    assert finest_fpr(needed, confidence) <= target < finest_fpr(needed - 1, confidence)
+
+
+@pytest.mark.parametrize(("samples", "target"), [(59, 0.05), (150, 0.05), (299, 0.01)])
+def test_with_a_confidence_hardly_any_calibration_is_beyond_its_rate(
+    samples: int, target: float
+) -> None:
+    """The rate of each of 2000 calibrations is known, as scores are uniform; without a confidence
+    about half of them are beyond it."""
+    rng = np.random.default_rng(2)
+    beyond = {0.9: 0, None: 0}
+    for _ in range(2000):
+        scores = rng.uniform(1, 2, samples)
+        for confidence in beyond:
+            threshold = Calibration("c", target, scores, confidence=confidence).threshold
+            beyond[confidence] += max(0.0, 2 - threshold) > target
+
+    error = np.sqrt(0.1 * 0.9 / 2000)
+    assert beyond[0.9] / 2000 <= 0.1 + 4 * error
+    assert beyond[None] / 2000 > 0.25
+
+
+def test_the_p_value_is_the_same_with_a_confidence() -> None:
+    scores = np.random.default_rng(3).gamma(3.0, 0.1, 100)
+    plain, confident = Calibration("c", 0.05, scores), Calibration("c", 0.05, scores, 0.9)
+
+    assert confident.p_value(0.6) == plain.p_value(0.6)
+    assert confident.threshold > plain.threshold
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 1.5, float("nan")])
+def test_a_confidence_outside_zero_and_one_is_refused(confidence: float) -> None:
+    with pytest.raises(InvalidParameter, match="confidence must lie between 0 and 1"):
+        Calibration("c", 0.05, np.arange(100.0), confidence=confidence)
+
+
+@pytest.mark.parametrize("confidence", [None, 0.9])
+def test_over_200_resamples_unseen_normals_are_refused_no_more_often_than_promised(
+    confidence: float | None,
+) -> None:
+    """Resampled from one pool of scores, as a line would calibrate again and again."""
+    rng = np.random.default_rng(4)
+    pool = rng.lognormal(-2.0, 0.3, 20_000)
+    target, rates = 0.05, []
+    for _ in range(200):
+        order = rng.permutation(len(pool))
+        calibration = Calibration("c", target, pool[order[:150]], confidence=confidence)
+        rates.append(float(np.mean(pool[order[150:]] >= calibration.threshold)))
+
+    if confidence is None:
+        assert np.mean(rates) <= calibration.achievable_fpr + 4 * np.std(rates) / np.sqrt(200)
+    else:
+        assert np.mean(np.array(rates) > target) <= 0.1 + 4 * np.sqrt(0.1 * 0.9 / 200)

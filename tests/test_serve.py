@@ -26,15 +26,13 @@ class Server:
     """`python -m service serve` on a free port."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.log = folder / "log"
+        environment.setdefault("database_url", f"sqlite:///{folder / 'state.sqlite'}")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve", "--port", str(self.port)]
-                + ["--models", str(folder / "models"), "--device", "cpu", "--threads", "1"]
-                + ["--database-url", f"sqlite:///{folder / 'state.sqlite'}"],
+                + ["--models", str(folder / "models"), "--device", "cpu", "--threads", "1"],
                 env=os.environ | {f"SKRD4AD_{k.upper()}": v for k, v in environment.items()},
                 cwd=ROOT,
                 stderr=log,
@@ -74,6 +72,12 @@ class Server:
         self.client.close()
         self.process.send_signal(number)
         return self.process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def received(connection: socket.socket) -> bytes:
