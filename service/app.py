@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -65,11 +65,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        following = asyncio.create_task(registry.follow())
+        stop = asyncio.Event()
+        following = asyncio.create_task(registry.follow(stop))
         yield
-        following.cancel()
-        with suppress(asyncio.CancelledError):
-            await following
+        stop.set()
+        await following
         workers.shutdown()
         registry.close()
         database.close()

@@ -127,7 +127,8 @@ class Bundle:
         scores = np.array([image.score for image in self.manifest.data.held_out])
         if not len(scores):
             return None
-        return Calibration(OWN_CALIBRATION, default_target_fpr(len(scores)), scores)
+        rate = default_target_fpr(len(scores))
+        return Calibration(OWN_CALIBRATION, rate, scores, made=self.manifest.created)
 
 
 def _read_manifest(path: Path) -> Manifest:

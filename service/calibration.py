@@ -15,6 +15,7 @@ tolerance limits of Wilks, 1941.)
 
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,7 @@ class Calibration:
     scores: np.ndarray
     confidence: float | None = None  # None: the rate is kept on average over calibrations
     profile: str = ""  # that it was made for; "": for the whole model
+    made: datetime | None = None
     kept_threshold: float | None = None
     threshold: float = field(init=False)  # exactly representable in float32, like every score
     _ceilings: np.ndarray = field(init=False, repr=False)  # ascending, tie margin included

@@ -47,7 +47,7 @@ SAMPLES_BODY = {
     "content": {"multipart/form-data": _FORM, **dict.fromkeys(CONTENT_TYPES, _ARCHIVE)},
 }
 
-Id = Annotated[str, Path(max_length=64)]
+Id = Annotated[str, Path(pattern="^[a-z0-9_]{1,64}$")]
 Sha256 = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
 TargetFpr = Annotated[float, Query(gt=0, lt=1, description="the false-positive rate to promise")]
 Confidence = Annotated[
@@ -117,7 +117,10 @@ def router(
         profile: Profile = "",
         source: Annotated[
             str | None,
-            Query(max_length=64, description="begin with the samples of this calibration"),
+            Query(
+                pattern="^[a-z0-9_]{1,64}$",
+                description="begin with the samples of this calibration",
+            ),
         ] = None,
     ) -> CalibrationOut:
         """Open a calibration, to be filled in as many requests as it takes, and then finished."""
@@ -174,7 +177,7 @@ def router(
         """Calibrations, newest first."""
         return [CalibrationOut.of(stored) for stored in store.find(model, profile, limit)]
 
-    @router.get("/v1/calibrations/{id}", responses=problems(404, 503))
+    @router.get("/v1/calibrations/{id}", responses=problems(404, 422, 503))
     async def calibration(id: Id) -> CalibrationDetail:
         """A calibration and its highest samples: look at them, a defect among the samples raises
         the threshold unseen. A deleted one is still told."""
@@ -182,7 +185,7 @@ def router(
 
     @router.get("/v1/calibrations/{id}/samples", responses=problems(404, 422, 503))
     def samples(
-        id: Id, limit: Limit = 100, offset: Annotated[int, Query(ge=0)] = 0
+        id: Id, limit: Limit = 100, offset: Annotated[int, Query(ge=0, le=10**9)] = 0
     ) -> list[SampleOut]:
         """The samples of a calibration, highest score first."""
         return [SampleOut.of(id, sample) for sample in store.samples(id, limit, offset)]

@@ -45,6 +45,7 @@ T = TypeVar("T")
 Images = AsyncGenerator[tuple[str, bytes]]
 Activate = Literal["true", "false", "unless_suspect"]
 HIGHEST = 10  # samples that are shown with a calibration
+MAX_NAME = 255  # characters of a sample's name, from its end
 _STORED_TOGETHER = 64  # samples; a crash loses no more of those that were scored
 
 
@@ -303,7 +304,7 @@ class Calibrator:
                 number = 0
                 async for name, data in images:
                     await room.acquire()
-                    tasks.create_task(score_one(number, name, data))
+                    tasks.create_task(score_one(number, _label(name), data))
                     number += 1
                     if len(done) >= _STORED_TOGETHER:
                         await hand_over()
@@ -356,6 +357,11 @@ class _Highest:
             heapq.heappush(self._scores, score)
             return True
         return heapq.heappushpop(self._scores, score) != score
+
+
+def _label(name: str) -> str:
+    """A file's name as any database and any JSON takes it."""
+    return name.encode(errors="replace").decode().replace("\0", "?")[-MAX_NAME:]
 
 
 def _make(profile: str, promise: Promise, scored: Scored, scores: np.ndarray) -> Made:

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
@@ -21,6 +22,7 @@ from sqlalchemy.engine import make_url
 from service.errors import DatabaseAway, SettingsError
 
 log = logging.getLogger(__name__)
+logging.getLogger("alembic").setLevel(logging.WARNING)  # else two lines at every start
 
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -146,7 +148,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A transaction that sees one state; raises DatabaseAway."""
+        """A transaction that only reads; raises DatabaseAway."""
         with self._transaction(write=False) as connection:
             yield connection
 
@@ -170,8 +172,8 @@ class Database:
                 connection.execution_options(skrd4ad_write=write)
                 with connection.begin():
                     yield connection
-        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
-            reason = str(error.orig if isinstance(error, sa.exc.OperationalError) else error)
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            reason = str(getattr(error, "orig", error))
             raise DatabaseAway(f"database {self.shown}: {reason.strip()}") from error
 
     def _migrate(self, connection: sa.Connection) -> None:
@@ -183,10 +185,14 @@ class Database:
                 "threshold",
                 self.shown,
             )
+        before = MigrationContext.configure(connection).get_current_revision()
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        after = MigrationContext.configure(connection).get_current_revision()
+        if before != after:
+            log.info("database %s: migrated from %s to %s", self.shown, before or "none", after)
 
 
 def _parsed(url: str) -> sa.URL:

@@ -58,14 +58,20 @@ class Metrics:
         )
         self.threshold = Gauge(
             "skrd4ad_threshold",
-            "Threshold in force; NaN while a model has none.",
-            ["model"],
+            "Threshold in force; NaN while a model has none. No profile: the model's own.",
+            ["model", "profile"],
             registry=registry,
         )
         self.calibration_samples = Gauge(
             "skrd4ad_calibration_samples",
             "Normal images behind the threshold in force.",
-            ["model"],
+            ["model", "profile"],
+            registry=registry,
+        )
+        self.calibration_made = Gauge(
+            "skrd4ad_calibration_made_timestamp_seconds",
+            "When the calibration in force was made, in seconds since 1970.",
+            ["model", "profile"],
             registry=registry,
         )
         self.database_up = Gauge(

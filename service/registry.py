@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from service import bundle as bundles
@@ -144,12 +145,15 @@ class Registry:
                 model.calibrations = await asyncio.to_thread(self._in_force, model)
                 if model.calibrations != before:
                     _tell_change(model, before)
-                    self._publish(model)
+                    self._publish(model, before)
 
-    async def follow(self) -> None:
-        """Take up what other replicas activate, for as long as the service runs."""
+    async def follow(self, stop: asyncio.Event) -> None:
+        """Take up what other replicas activate, until `stop`.
+
+        It isn't cancelled, since its thread would go on with a connection that nobody closes.
+        """
         seen = None
-        while True:
+        while not stop.is_set():
             try:
                 stamp = await asyncio.to_thread(self._store.stamp)
                 if stamp != seen:
@@ -160,7 +164,9 @@ class Registry:
                 self._tell_database(False, str(error))
             except Exception:
                 log.exception("calibrations in force could not be read; trying again")
-            await asyncio.sleep(self._settings.sync_interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.sync_interval_s):
+                    await stop.wait()
 
     def _tell_database(self, up: bool, reason: str = "") -> None:
         if up != self._database_up:
@@ -262,15 +268,25 @@ class Registry:
         ).set(1)
         self._publish(model)
 
-    def _publish(self, model: Model) -> None:
-        """The newest version's threshold, which is what requests get that name no version."""
-        if model.bundle.version == self._newest[model.name]:
-            calibration = model.calibration
-            threshold, samples = (
-                (calibration.threshold, calibration.samples) if calibration else (math.nan, 0)
+    def _publish(self, model: Model, before: Iterable[str] = ()) -> None:
+        """The newest version's thresholds, which are what requests get that name no version;
+        `before` are the profiles that had one until now."""
+        if model.bundle.version != self._newest[model.name]:
+            return
+        metrics = self._metrics
+        for profile in {*before} - {"", *model.calibrations}:
+            for gauge in (metrics.threshold, metrics.calibration_samples, metrics.calibration_made):
+                gauge.remove(model.name, profile)
+        for profile in {"", *model.calibrations}:
+            labels, calibration = (model.name, profile), model.calibration_for(profile)
+            metrics.threshold.labels(*labels).set(
+                calibration.threshold if calibration else math.nan
             )
-            self._metrics.threshold.labels(model.name).set(threshold)
-            self._metrics.calibration_samples.labels(model.name).set(samples)
+            metrics.calibration_samples.labels(*labels).set(
+                calibration.samples if calibration else 0
+            )
+            if calibration and calibration.made:
+                metrics.calibration_made.labels(*labels).set(calibration.made.timestamp())
 
     def _names(self) -> str:
         return ", ".join(self._newest)

@@ -274,8 +274,7 @@ class Store:
         Raises NothingToRollBack.
         """
         with self._database.write() as connection:
-            if connection.dialect.name == "postgresql":  # two at once would both go one step
-                connection.execute(sa.text("LOCK TABLE activations IN SHARE ROW EXCLUSIVE MODE"))
+            _lock_activations(connection)
             stack = _standing(connection, graph, profile)
             if len(stack) < 2:
                 raise NothingToRollBack(
@@ -295,6 +294,7 @@ class Store:
             if row.finished is None:
                 connection.execute(calibrations.delete().where(calibrations.c.id == id))
                 return
+            _lock_activations(connection)
             if id in _active_ids(connection):
                 raise CalibrationInUse(
                     f"calibration {id} is in force: activate another one, or deactivate it, first"
@@ -322,6 +322,7 @@ class Store:
                 _scores(connection, id),
                 confidence=row.confidence,
                 profile=row.profile,
+                made=row.finished,
                 kept_threshold=row.threshold,
             )
 
@@ -517,6 +518,12 @@ def _activate(
 ) -> None:
     changed = {"at": _now(), "by": by, "profile": profile, "rolls_back": rolls_back}
     connection.execute(activations.insert().values(calibration=id, **changed, **vars(graph)))
+
+
+def _lock_activations(connection: sa.Connection) -> None:
+    """Nobody activates anything before this transaction ends, which decides by what is in force."""
+    if connection.dialect.name == "postgresql":  # a writer of SQLite is alone
+        connection.execute(sa.text("LOCK TABLE activations IN SHARE ROW EXCLUSIVE MODE"))
 
 
 def _standing(connection: sa.Connection, graph: Graph, profile: str) -> list[str | None]:

@@ -743,8 +743,8 @@ def test_a_model_without_a_threshold_is_ready_and_told_as_such(uncalibrated: Tes
     (model,) = uncalibrated.get("/v1/models").json()
     assert model["threshold"] is None and model["calibration"] is None
     metrics = uncalibrated.get("/metrics").text
-    assert 'skrd4ad_threshold{model="part"} NaN' in metrics
-    assert 'skrd4ad_calibration_samples{model="part"} 0.0' in metrics
+    assert 'skrd4ad_threshold{model="part",profile=""} NaN' in metrics
+    assert 'skrd4ad_calibration_samples{model="part",profile=""} 0.0' in metrics
 
 
 def test_calibrating_gives_a_model_its_first_threshold(uncalibrated: TestClient) -> None:
@@ -755,7 +755,10 @@ def test_calibrating_gives_a_model_its_first_threshold(uncalibrated: TestClient)
     assert answer["threshold"] == made.json()["threshold"] and answer["p_value"] == 1 / 20
     (model,) = uncalibrated.get("/v1/models").json()
     assert model["calibration"]["id"] == made.json()["id"]
-    assert 'skrd4ad_calibration_samples{model="part"} 19.0' in uncalibrated.get("/metrics").text
+    assert (
+        'skrd4ad_calibration_samples{model="part",profile=""} 19.0'
+        in uncalibrated.get("/metrics").text
+    )
 
 
 def test_there_is_no_way_back_to_a_threshold_that_never_was(uncalibrated: TestClient) -> None:
@@ -844,7 +847,7 @@ def test_metrics_count_requests_decisions_and_stages(client: TestClient) -> None
     engine = 'batch_sizes="1,2,4,8",precision="float32",provider="CPUExecutionProvider"'
     assert f"skrd4ad_provider_info{{{engine}}} 1.0" in lines
     assert "skrd4ad_queue_size 0.0" in lines
-    assert 'skrd4ad_calibration_samples{model="part"} 20.0' in lines
+    assert 'skrd4ad_calibration_samples{model="part",profile=""} 20.0' in lines
     for stage in ("decode", "queue", "infer", "render", "total"):
         assert f'skrd4ad_stage_duration_seconds_count{{stage="{stage}"}} 2.0' in lines
     (info,) = (line for line in lines if line.startswith("skrd4ad_model_info{"))

@@ -4,8 +4,10 @@ import io
 import logging
 import re
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -413,6 +415,35 @@ def test_what_is_not_there_is_404(client: TestClient) -> None:
     assert_problem(client.post("/v1/calibrations?model=gear"), 404, "'gear'")
 
 
+@pytest.mark.parametrize("path", ["%00", "%F0%9F%98%80", "x" * 65, "a%20b"])
+def test_an_id_that_can_be_none_is_422(on_any_database: TestClient, path: str) -> None:
+    assert_problem(on_any_database.get(f"/v1/calibrations/{path}"), 422, "id =")
+    response = on_any_database.get(f"/v1/calibrations/cal_1/samples?offset={10**20}")
+    assert_problem(response, 422, "offset =")
+
+
+def test_whatever_a_file_is_called_it_is_a_sample(on_any_database: TestClient) -> None:
+    client, id = on_any_database, open_one(on_any_database)
+    names = [b"nul\0.png", b"latin-\xe4.png", "\U0001f600.png".encode(), b"long" * 200 + b".png"]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, (_, data) in zip(names, normal_pictures(4), strict=True):
+            member = tarfile.TarInfo(name.decode(errors="surrogateescape"))
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+    response = client.post(
+        f"/v1/calibrations/{id}/samples",
+        content=buffer.getvalue(),
+        headers={"Content-Type": "application/x-tar"},
+    )
+
+    assert (response.status_code, response.json()["added"]) == (200, 4)
+    listed = [sample["name"] for sample in client.get(f"/v1/calibrations/{id}/samples").json()]
+    assert {name[-255:] for name in listed} == set(listed)
+    assert "\U0001f600.png" in listed
+
+
 def test_a_calibration_of_a_graph_that_was_replaced_takes_no_more_samples(
     settings: Settings, write_bundle: Write
 ) -> None:
@@ -448,3 +479,21 @@ def test_scores_of_another_engine_are_told(client: TestClient) -> None:
     assert client.get(f"/v1/calibrations/{id}").json()["engines"] == [
         "CPUExecutionProvider in float32"
     ]
+
+
+def test_metrics_tell_the_threshold_of_model_and_profiles(client: TestClient) -> None:
+    model = calibrate(client, normal_pictures(40), target_fpr=0.05).json()
+    left = calibrate(client, normal_pictures(25), target_fpr=0.05, profile="left").json()
+
+    def told(name: str) -> dict[str, float]:
+        lines = client.get("/metrics").text
+        pattern = rf'skrd4ad_{name}{{model="part",profile="(\w*)"}} (\S+)'
+        return {profile: float(value) for profile, value in re.findall(pattern, lines)}
+
+    assert told("threshold") == {"": model["threshold"], "left": left["threshold"]}
+    assert told("calibration_samples") == {"": 40, "left": 25}
+    made = datetime.fromisoformat(left["finished"]).timestamp()
+    assert told("calibration_made_timestamp_seconds")["left"] == pytest.approx(made, abs=1e-3)
+
+    client.post("/v1/calibrations/deactivate?profile=left")
+    assert told("threshold") == {"": model["threshold"]}
