@@ -185,7 +185,7 @@ def score(detector: Detector, paths: Sequence[Path], change: Change, what: str) 
     """Scores (N,) of changed pictures, encoded anew without loss and taken in by the service."""
     starts = range(0, len(paths), BATCH)
     found: list[float] = []
-    for start in progress(starts, total=len(starts), description=f"scoring {what}"):
+    for start in progress(starts, total=len(starts), description=f"scoring {what}", unit="batch"):
         batch = []
         for path in paths[start : start + BATCH]:
             pixels = np.ascontiguousarray(change(image.read(path))[..., ::-1])
@@ -387,10 +387,7 @@ def soon_table(rows: Sequence[Delays]) -> str:
     ]
     for (change, before), found in grouped.items():
         largest = found[samples[-1]]
-        cells = [
-            f"{_images(row.median)} ({_images(row.most)}), {row.unnoticed:.0%}"
-            for _, row in sorted(found.items())
-        ]
+        cells = [_cell(row) for _, row in sorted(found.items())]
         lines.append(
             f"| {change} | {largest.shift:+.2f} sd | {largest.normal:.0%} | {before} "
             f"| {' | '.join(cells)} |"
@@ -400,6 +397,12 @@ def soon_table(rows: Sequence[Delays]) -> str:
         f"not within {AFTER}."
     )
     return "\n".join([*lines, "", told])
+
+
+def _cell(row: Delays) -> str:
+    if not row.normal:
+        return "none is decided normal"
+    return f"{_images(row.median)} ({_images(row.most)}), {row.unnoticed:.0%}"
 
 
 def beside_table(rows: Sequence[Comparison]) -> str:

@@ -10,11 +10,12 @@ stream finds out.
 
 Shiryaev and Roberts' statistic bets at every image that scores changed there. It is a mean over
 densities f of p-values after a change, each with R = (R + 1) f(p) from R = 0 (a mixture of
-e-detectors: Shin, Ramdas & Rinaldo, New England Journal of Statistics in Data Science, 2023). As
-each f integrates to 1, R less the number of images is a martingale while nothing changes. Hence
-an alarm at R >= c comes after at least c images on average (optional stopping), and within the
-first N images with probability at most N / c (Doob's inequality), both on average over
-calibrations too.
+e-detectors: Shin, Ramdas & Rinaldo, New England Journal of Statistics in Data Science 2(2), 2023).
+The densities are those of normal scores that move or spread (Vovk, Nouretdinov & Gammerman,
+arXiv:2412.03464). As each integrates to 1, R less the number of images is a martingale while
+nothing changes. Hence an alarm at R >= c comes after at least c images on average (optional
+stopping), and within the first N images with probability at most N / c (Doob's inequality), both
+on average over calibrations too.
 """
 
 import math
@@ -70,16 +71,16 @@ class ShiryaevRoberts:
 class DriftTest:
     """The test of one model's images decided normal, since one calibration took effect.
 
-    Exchangeability, by threshold: the threshold lies just above the calibration's k-th lowest
-    score, `limit`. Given that score and which calibration scores lie below it, these, and new
-    normal images' scores below it, are independent draws of one distribution, the scores' below
-    `limit`. So scores at or above `limit` don't enter, the k-th itself included; what lies between
-    `limit` and threshold is the tie margin. What was decided by another threshold, such as a
-    request's own, must not enter: the caller leaves it out.
+    What is exchangeable: the threshold is put just above the calibration's k-th lowest score,
+    `limit`, and depends on no other. Given `limit` and which calibration scores lie below it,
+    these, and new normal images' scores below it, are independent draws of one distribution. So
+    scores from `limit` on don't enter, the k-th itself included; between `limit` and threshold
+    lies no more than the tie margin. What was decided by another threshold, such as a request's
+    own, is left out by the caller.
 
-    The same `id`, calibration and scores in the same order give the same state, so that it can be
-    rebuilt from what was kept. Not for several threads at a time. Raises InvalidParameter for a
-    `run_length` below 1.
+    All scores are remembered, as counts of bounded size. The same `id`, calibration and scores in
+    the same order give the same state, so it can be rebuilt from what was kept. Not for several
+    threads at a time. Raises InvalidParameter for a `run_length` that is not from 1 on.
     """
 
     def __init__(self, calibration: Calibration, id: str, run_length: float = RUN_LENGTH) -> None:

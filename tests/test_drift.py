@@ -397,10 +397,14 @@ def test_the_distance_is_the_largest_difference_of_distribution_functions() -> N
     test = DriftTest(Calibration("c", 0.15, np.arange(1.0, 7.0)), "model/1")  # 1 to 5 below 6
     assert test.distance is None
 
+    test.update(3.0)
+    assert test.distance == pytest.approx(2 / 5)  # below 3 none against two, at 3 one against three
     test.update(3.5)
-    assert test.distance == pytest.approx(3 / 5)  # 1, 2 and 3 lie below all recent ones
-    test.update(2.0)
-    assert test.distance == pytest.approx(2 / 5)  # behind 5: beyond 3.5 two of five are to come
+    test.update(3.5)
+    assert test.distance == pytest.approx(2 / 5)  # at 2: none of three against two of five
+    test.update(0.5)
+    test.update(0.5)
+    assert test.distance == pytest.approx(2 / 5)  # at 0.5: two of five against none
 
 
 def test_the_distance_is_of_recent_scores_alone() -> None:
