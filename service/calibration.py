@@ -77,17 +77,17 @@ class Calibration:
         if not np.isfinite(scores).all():
             raise InvalidParameter("calibration scores must be finite numbers")
         ceilings = (scores + np.abs(scores) * TIE_MARGIN).astype(np.float32)
-        allowed = self._allowed_exceedances()
-        # Anomalous means that at most `allowed` calibration scores are as high or higher, that is,
+        # Anomalous means that at most `above` calibration scores are as high or higher, that is,
         # a score strictly above the next one: the first float32 beyond it makes that a ">=".
-        threshold = np.nextafter(ceilings[len(scores) - 1 - allowed], np.float32(np.inf))
+        threshold = np.nextafter(ceilings[len(scores) - 1 - self.above], np.float32(np.inf))
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "_ceilings", ceilings)
         kept = self.kept_threshold
         object.__setattr__(self, "threshold", float(threshold) if kept is None else kept)
 
-    def _allowed_exceedances(self) -> int:
-        """How many of the samples may score as high as the threshold."""
+    @property
+    def above(self) -> int:
+        """How many of the samples the threshold leaves above: those that it was not put upon."""
         if self.confidence is not None:
             return _most_above(self.samples, self.target_fpr, 1 - self.confidence)
         allowed = math.floor(self.target_fpr * (len(self.scores) + 1) + 1e-9) - 1
@@ -101,10 +101,9 @@ class Calibration:
     def achievable_fpr(self) -> float:
         """The rate that is promised: the largest multiple of 1 / (n + 1) up to the target; with a
         confidence, the lowest that the same threshold keeps with it."""
-        above = self._allowed_exceedances()
         if self.confidence is not None:
-            return _rate_kept(self.samples, above, 1 - self.confidence)
-        return (above + 1) / (self.samples + 1)
+            return _rate_kept(self.samples, self.above, 1 - self.confidence)
+        return (self.above + 1) / (self.samples + 1)
 
     def p_value(self, score: float) -> float:
         """Share of normal images expected to score this high or higher, in (0, 1]."""
