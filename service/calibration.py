@@ -139,6 +139,16 @@ def check_samples(
     )
 
 
+def rate_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Lower and upper bound of a rate of which `hits` in `trials` were seen, exact: outside lies
+    the true rate with probability 1 - confidence at most. (Clopper & Pearson, Biometrika 1934.)
+    """
+    risk = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else 1 - _rate_kept(trials, trials - hits, risk)
+    high = 1.0 if hits == trials else _rate_kept(trials, hits, risk)
+    return low, high
+
+
 def _most_above(samples: int, rate: float, risk: float) -> int:
     """The most of n samples above a threshold such that more than `rate` of all images are with
     probability `risk` at most: the largest a where a binomial of n at `rate` is up to a with that

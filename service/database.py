@@ -5,7 +5,7 @@ Writers of SQLite take its lock when they begin, so that none fails halfway for 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +116,60 @@ activations = sa.Table(
     sa.Index("activations_by_graph", "model", "version", "digest", "profile"),
 )
 
+# Sorted byte by byte, whatever the language of a PostgreSQL server: an id's order is its time's.
+_InspectionId = sa.String(32).with_variant(sa.String(32, collation="C"), "postgresql")
+
+inspections = sa.Table(
+    "inspections",
+    metadata,
+    sa.Column("id", _InspectionId, primary_key=True),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("request_id", sa.String(128), nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("calibration", sa.String(32)),  # null: the model had none
+    sa.Column("profile", sa.String(64), nullable=False),  # "": none was named
+    sa.Column("sha256", sa.String(64), nullable=False),  # of the bytes that were sent
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("score", sa.Float, nullable=False),
+    sa.Column("threshold", sa.Float, nullable=False),
+    sa.Column("threshold_source", sa.String(16), nullable=False),
+    sa.Column("p_value", sa.Float),
+    sa.Column("decision", sa.String(16), nullable=False),
+    sa.Column("decode_ms", sa.Float, nullable=False),
+    sa.Column("queue_ms", sa.Float, nullable=False),
+    sa.Column("infer_ms", sa.Float, nullable=False),
+    sa.Column("render_ms", sa.Float, nullable=False),
+    sa.Column("total_ms", sa.Float, nullable=False),
+    sa.Column("archived", sa.Boolean, nullable=False),
+    # Time needs none, as ids are in its order; what is left finds its rows on the way back in it.
+    sa.Index("inspections_by_model", "model", "id"),
+    sa.Index("inspections_by_request", "request_id"),
+    sa.Index("inspections_by_image", "sha256"),
+)
+
+# The last row of an inspection counts; what was said before stays.
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column(
+        "inspection",
+        _InspectionId,
+        sa.ForeignKey("inspections.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("label", sa.String(16), nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Index("feedback_by_inspection", "inspection", "id"),
+)
+
 
 class Database:
     """An engine on a migrated database.
@@ -161,6 +215,29 @@ class Database:
     def insert_new(self, table: sa.Table) -> Any:
         """An insertion that leaves out rows whose keys are taken."""
         return _INSERTS[self._engine.dialect.name](table).on_conflict_do_nothing()
+
+    def insert_rows(
+        self, connection: sa.Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]]
+    ) -> None:
+        """Inserts rows of all the table's columns, but for those whose keys are taken.
+
+        What SQLAlchemy does for each row takes longer than what SQLite does.
+        """
+        dialect = connection.dialect
+        compiled = self.insert_new(table).compile(dialect=dialect)
+        convert = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.c]
+        columns = [
+            [each(value) for value in values] if each else values
+            for each, values in zip(convert, zip(*rows, strict=True), strict=True)
+        ]
+        tuples = list(zip(*columns, strict=True))
+        names = table.c.keys()
+        parameters = (
+            tuples
+            if compiled.positional
+            else [dict(zip(names, row, strict=True)) for row in tuples]
+        )
+        connection.exec_driver_sql(str(compiled), parameters)
 
     def close(self) -> None:
         self._engine.dispose()

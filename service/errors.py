@@ -7,6 +7,8 @@ ServiceError
 ├── UnknownModel            404  no such model or version
 ├── UnknownCalibration      404  no such calibration
 ├── UnknownSample           404  a calibration has no such sample, or no longer its map
+├── UnknownInspection       404  no such inspection is recorded, or no longer
+├── ImageNotKept            404  the image of an inspection was not archived, or is gone
 ├── DigestMismatch          409  another graph than the caller insists on
 ├── Uncalibrated            409  the model has no threshold, and the request gives none
 ├── CalibrationFinished     409  it never changes again; or it must be finished first
@@ -58,6 +60,14 @@ class UnknownCalibration(ServiceError):
 
 class UnknownSample(ServiceError):
     status, title = 404, "Unknown sample"
+
+
+class UnknownInspection(ServiceError):
+    status, title = 404, "Unknown inspection"
+
+
+class ImageNotKept(ServiceError):
+    status, title = 404, "Image not kept"
 
 
 class DigestMismatch(ServiceError):

@@ -79,6 +79,41 @@ class Metrics:
             "1 while the database answers; inspection goes on while it doesn't.",
             registry=registry,
         )
+        self.trace_pending = Gauge(
+            "skrd4ad_trace_pending",
+            "Inspections that are not recorded yet; grows while the database is slow or away.",
+            registry=registry,
+        )
+        self.trace_written = Counter(
+            "skrd4ad_trace_written_total", "Inspections recorded.", registry=registry
+        )
+        self.trace_dropped = Counter(
+            "skrd4ad_trace_dropped_total",
+            "Inspections that were never recorded: as too many were pending (full), or as the "
+            "database refused their values (refused).",
+            ["reason"],
+            registry=registry,
+        )
+        self.archive_pending = Gauge(
+            "skrd4ad_archive_pending_bytes", "Images that wait to be archived.", registry=registry
+        )
+        self.archive_written = Counter(
+            "skrd4ad_archive_written_total", "Images archived.", registry=registry
+        )
+        self.archive_dropped = Counter(
+            "skrd4ad_archive_dropped_total",
+            "Images that were to be archived and were not: too many were pending (queue), the "
+            "archive is as large as it may be (full), or writing failed (failed).",
+            ["reason"],
+            registry=registry,
+        )
+        self.archive_bytes = Gauge(
+            "skrd4ad_archive_bytes", "Size of the archive when last looked at.", registry=registry
+        )
+        for reason in ("full", "refused"):  # there from the start, so that an alert sees it grow
+            self.trace_dropped.labels(reason)
+        for reason in ("queue", "full", "failed"):
+            self.archive_dropped.labels(reason)
         self.model_info = Gauge(
             "skrd4ad_model_info",
             "Loaded models; always 1.",

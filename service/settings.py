@@ -5,7 +5,7 @@ import ipaddress
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -79,6 +79,33 @@ class Settings(BaseSettings):
     max_calibration_samples: Annotated[int, Field(ge=1)] = Field(
         100_000, description="Most samples of one calibration; beyond it: 422."
     )
+    trace: bool = Field(True, description="Record every inspection in the database.")
+    trace_max_pending: Annotated[int, Field(ge=1)] = Field(
+        100_000,
+        description="Most inspections kept in memory while the database is slow or away (about "
+        "1 KB each); beyond it the oldest are dropped, and counted.",
+    )
+    trace_max_age_days: Annotated[float, Field(ge=0)] = Field(
+        365.0, description="Recorded inspections that are older are removed; 0 keeps them."
+    )
+    trace_max_count: Annotated[int, Field(ge=0)] = Field(
+        10_000_000, description="Of more recorded inspections the oldest are removed; 0: no limit."
+    )
+    archive: Literal["none", "anomalous", "all", "sampled"] = Field(
+        "none", description="Images to keep: `none`, `anomalous`, `all` or `sampled`."
+    )
+    archive_folder: Path = Field(
+        Path("state/images"), description="Folder of the archived images, for them alone."
+    )
+    archive_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Share of the images that `sampled` keeps, from 0 to 1."
+    )
+    archive_max_bytes: Annotated[int, Field(ge=1)] = Field(
+        10 * 2**30, description="Most bytes in the archive; the oldest are removed before."
+    )
+    archive_max_age_days: Annotated[float, Field(ge=0)] = Field(
+        90.0, description="Archived images that were not seen for longer are removed; 0 keeps them."
+    )
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         "info", description="`debug`, `info`, `warning` or `error`."
     )
@@ -105,7 +132,27 @@ def load(**overrides: object) -> Settings:
             "inspect and calibrate: set SKRD4AD_ALLOW_ANONYMOUS=true if that is meant, or listen "
             "on 127.0.0.1 behind a proxy that authenticates"
         )
+    _refuse_contradictions(settings)
     return settings
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    kind, share = settings.archive, settings.archive_share
+    if kind != "none" and not settings.trace:
+        raise SettingsError(
+            f"archive {kind} with trace false: archived images are found by the recorded "
+            "inspections; set SKRD4AD_TRACE=true or SKRD4AD_ARCHIVE=none"
+        )
+    if kind == "sampled" and not share:
+        raise SettingsError(
+            "archive sampled keeps nothing with archive_share 0: set SKRD4AD_ARCHIVE_SHARE=0.01, "
+            "say"
+        )
+    if share and kind != "sampled":
+        raise SettingsError(
+            f"archive_share {share:g} means nothing with archive {kind}: set "
+            "SKRD4AD_ARCHIVE=sampled, or leave the share out"
+        )
 
 
 def _refuse_unknown(environment: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from service.bundle import (
 )
 from service.database import Database
 from service.image import digest
+from service.inspections import Record, first_id
 from service.settings import Settings
 
 # `apt-get install postgresql` puts them where no PATH looks.
@@ -257,6 +258,38 @@ def client(settings: Settings, write_bundle: Callable[..., Bundle]) -> Iterator[
     write_bundle()
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
+
+
+def record(number: int = 0, at: datetime | None = None, **changed: object) -> Record:
+    """The inspection of a second, or of a moment; the same for the same number."""
+    at = at or datetime(2026, 11, 26, 12, tzinfo=UTC) + timedelta(seconds=number)
+    made = Record(
+        id=f"{first_id(at)}{number:016x}",
+        at=at,
+        request_id=f"request-{number}",
+        by="line-3",
+        model="part",
+        version=1,
+        digest="a" * 64,
+        calibration="bundle",
+        profile="station-3",
+        sha256=f"{number:064x}",
+        bytes=1000 + number,
+        width=96,
+        height=64,
+        score=0.5,
+        threshold=0.6,
+        threshold_source="bundle",
+        p_value=0.25,
+        decision="normal",
+        decode_ms=6.1,
+        queue_ms=0.2,
+        infer_ms=47.5,
+        render_ms=2.4,
+        total_ms=57.0,
+        archived=False,
+    )
+    return made._replace(**changed)
 
 
 def picture(brightness: float = 0.1, size: tuple[int, int] = SIZE) -> np.ndarray:

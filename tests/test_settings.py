@@ -62,3 +62,25 @@ def test_listening_beyond_loopback_must_be_asked_for_in_so_many_words(host: str)
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.9.1"])
 def test_loopback_needs_no_permission(host: str) -> None:
     assert settings.load(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"archive": "all", "trace": "false"}, "archive all with trace false"),
+        ({"archive": "sampled"}, "archive sampled keeps nothing with archive_share 0"),
+        ({"archive": "all", "archive_share": "0.1"}, "archive_share 0.1 means nothing"),
+        ({"archive_share": "0.1"}, "with archive none: set SKRD4AD_ARCHIVE=sampled"),
+    ],
+)
+def test_settings_of_the_archive_that_contradict_each_other_are_refused(
+    overrides: dict[str, str], told: str
+) -> None:
+    with pytest.raises(SettingsError, match=told):
+        settings.load(**overrides)
+
+
+def test_a_share_of_the_images_can_be_archived() -> None:
+    loaded = settings.load(archive="sampled", archive_share="0.01")
+
+    assert (loaded.archive, loaded.archive_share) == ("sampled", 0.01)
