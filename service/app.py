@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service import __version__, calibration_routes, cores, uploads
+from service import __version__, calibration_routes, cores, trace_routes, uploads
 from service.calibrator import Calibrator
 from service.database import Database
 from service.edge import (
@@ -22,6 +22,7 @@ from service.edge import (
     StrictRoute,
     Version,
     add_errors,
+    caller,
     openapi,
     problems,
     unless_departed,
@@ -29,13 +30,17 @@ from service.edge import (
 )
 from service.errors import InvalidParameter
 from service.heatmap import MEDIA_TYPES, MediaType, Render
+from service.image_archive import ImageArchive
 from service.inspection import Inspected, Inspector
+from service.inspections import Inspections
 from service.metrics import Metrics
 from service.middleware import RequestRecord
 from service.registry import Registry
+from service.retention import Retention
 from service.schemas import Inspection, ModelOut, State
 from service.settings import Settings
 from service.store import Store
+from service.trace import Trace
 
 _IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
 INSPECT_BODY = {
@@ -60,17 +65,28 @@ def create_app(settings: Settings) -> FastAPI:
     store = Store(database)
     registry = Registry(settings, store, metrics)
     workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="pixels")
-    inspector = Inspector(workers, metrics, settings.max_image_pixels)
+    inspections = Inspections(database)
+    archive = ImageArchive(settings, metrics)
+    trace = Trace(inspections, archive, metrics, settings.trace_max_pending)
+    retention = Retention(inspections, settings.trace_max_age_days, settings.trace_max_count)
+    inspector = Inspector(
+        workers, metrics, settings.max_image_pixels, trace if settings.trace else None
+    )
     calibrator = Calibrator(registry, store, workers, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stop = asyncio.Event()
         following = asyncio.create_task(registry.follow(stop))
+        for thread in (archive, trace, retention):
+            thread.start()
         yield
         stop.set()
         await following
         workers.shutdown()
+        # The trace after the archive, as it tells which images could be written.
+        for thread in (retention, archive, trace):
+            thread.close()
         registry.close()
         database.close()
 
@@ -85,6 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_errors(app)
     app.include_router(_inspection(registry, inspector, settings))
     app.include_router(calibration_routes.router(registry, calibrator, store, settings))
+    app.include_router(trace_routes.router(inspections, trace, archive, registry))
     app.include_router(_operation(registry, metrics))
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]
@@ -141,6 +158,7 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
                         request_id=request.state.request_id,
                         started=started,
                         picture_type=picture_type,
+                        by=caller(request),
                     ),
                 )
         if inspected is None:
@@ -202,6 +220,7 @@ def _picture_type(request: Request, render: Render) -> MediaType | None:
 def _picture_response(inspected: Inspected, media_type: MediaType) -> Response:
     answer = inspected.inspection
     headers = {
+        "X-Inspection-Id": answer.id,
         "X-Model": answer.model.name,
         "X-Model-Version": str(answer.model.version),
         "X-Model-Digest": answer.model.digest,

@@ -1,4 +1,4 @@
-"""The way of an image: decode -> batch -> decide -> render.
+"""The way of an image: decode -> batch -> decide -> render, and a note for the trace.
 
 Decoding and rendering run on worker threads, the graph on the device thread, the rest on the
 event loop.
@@ -17,6 +17,7 @@ from service.bundle import OWN_CALIBRATION
 from service.calibration import Calibration, decide
 from service.errors import Uncalibrated
 from service.heatmap import MEDIA_TYPES, MediaType, Render
+from service.inspections import new_id
 from service.metrics import Metrics
 from service.registry import Model
 from service.schemas import (
@@ -28,6 +29,7 @@ from service.schemas import (
     ThresholdSource,
     Timing,
 )
+from service.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class _Decoded:
 class Inspector:
     """Inspects with any model; decodes and renders on `workers`."""
 
-    def __init__(self, workers: Executor, metrics: Metrics, max_pixels: int) -> None:
+    def __init__(
+        self, workers: Executor, metrics: Metrics, max_pixels: int, trace: Trace | None
+    ) -> None:
         self._workers, self._metrics, self._max_pixels = workers, metrics, max_pixels
+        self._trace = trace  # None: inspections are not recorded
 
     async def inspect(
         self,
@@ -64,6 +69,7 @@ class Inspector:
         request_id: str,
         started: float,
         picture_type: MediaType | None,
+        by: str,
     ) -> Inspected:
         """Score one encoded image and decide; the picture goes into the JSON where no type is
         asked for it alone.
@@ -87,6 +93,7 @@ class Inspector:
             found = regions.find(anomaly_map, limit, decoded.size)
             shown = picture if picture_type is None else None
             inspection = Inspection(
+                id=new_id(),
                 request_id=request_id,
                 model=ModelReference.of(model),
                 profile=profile or None,
@@ -120,6 +127,8 @@ class Inspector:
         else:
             inspected = depict()
         self._observe(inspected.inspection)
+        if self._trace:
+            self._trace.record(inspected.inspection, data, by)
         return inspected
 
     def _decode(self, data: bytes, model: Model, asked: float) -> _Decoded:

@@ -14,7 +14,8 @@ from service.metrics import Metrics
 
 log = logging.getLogger("service.access")
 
-_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID_PATTERN = "^[A-Za-z0-9._:-]{1,128}$"
+_SAFE_ID = re.compile(REQUEST_ID_PATTERN.encode())
 _QUIET = ("/livez", "/readyz", "/metrics")  # asked every few seconds by machines
 # Other methods are counted together: each label value is a time series, and callers invent them.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -1,5 +1,6 @@
 """The JSON of requests and answers, as the OpenAPI shows it."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -9,11 +10,14 @@ from pydantic.config import JsonDict
 from service.calibration import Calibration, Decision, min_samples
 from service.calibrator import Examined, Scored
 from service.contamination import TEST, Tail
+from service.feedback import Summary
 from service.heatmap import MediaType
+from service.inspections import Feedback, Found
 from service.registry import Model
 from service.store import Activation, Sample, StoredCalibration
 
 ThresholdSource = Literal["calibration", "bundle", "request"]
+NOTE_LENGTH = 1000
 
 _REGION: JsonDict = {
     "x": 212,
@@ -101,6 +105,7 @@ class Inspection(BaseModel):
         json_schema_extra={
             "examples": [
                 {
+                    "id": "ins_019ac02f6b1d9c4e7a2b5d8f0136",
                     "request_id": "0c7a3c0e5c4f4b0f9f5c1a2b3c4d5e6f",
                     "model": _MODEL,
                     "profile": None,
@@ -132,6 +137,7 @@ class Inspection(BaseModel):
         }
     )
 
+    id: Annotated[str, Field(description="of this inspection; in the order of time")]
     request_id: str
     model: ModelReference
     profile: Annotated[str | None, Field(description="that the request named")]
@@ -448,6 +454,132 @@ class ModelOut(BaseModel):
                 for profile, own in sorted(model.calibrations.items())
                 if profile
             },
+        )
+
+
+class RecordedImage(ImageReference):
+    bytes: Annotated[int, Field(description="that were sent")]
+    archived: Annotated[
+        bool, Field(description="handed to the archive, which may have removed it since")
+    ]
+
+
+class RecordedInspection(BaseModel):
+    """An inspection, as it was answered."""
+
+    id: str
+    at: datetime
+    request_id: Annotated[str, Field(description="the caller's own may come more than once")]
+    by: Annotated[str, Field(description="name of the key that asked")]
+    model: ModelReference
+    profile: str | None
+    image: RecordedImage
+    score: float
+    threshold: float
+    threshold_source: ThresholdSource
+    decision: Decision
+    p_value: float | None
+    calibration: Annotated[str | None, Field(description="id; `bundle`: the bundle's own")]
+    timing_ms: Timing
+    label: Annotated[Decision | None, Field(description="what feedback said last")]
+
+    @classmethod
+    def of(cls, found: Found, **more: object) -> Self:
+        record = found.record
+        row = record._asdict()
+        timing = {stage: row[f"{stage}_ms"] for stage in Timing.model_fields}
+        values = {
+            "model": {"name": record.model, "version": record.version, "digest": record.digest},
+            "profile": record.profile or None,
+            "image": {name: row[name] for name in RecordedImage.model_fields},
+            "timing_ms": timing,
+            "label": found.label,
+        }
+        return cls.model_validate(row | values | more)
+
+
+class Inspections(BaseModel):
+    """A page of recorded inspections."""
+
+    inspections: Annotated[list[RecordedInspection], Field(description="newest first")]
+    next: Annotated[str | None, Field(description="`after` of the next page; null on the last")]
+
+
+class FeedbackIn(BaseModel):
+    """What an inspected part really was."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"label": "normal", "note": "a reflection"}]},
+    )
+
+    label: Decision
+    note: Annotated[
+        str, Field(max_length=NOTE_LENGTH, pattern="^[^\\x00]*$", description="without NUL")
+    ] = ""
+
+
+class FeedbackOut(BaseModel):
+    """What somebody said of an inspection."""
+
+    inspection: str
+    label: Decision
+    note: str
+    by: str
+    at: datetime
+
+
+class InspectionDetail(RecordedInspection):
+    """An inspection, and all that was said of it."""
+
+    feedback: Annotated[list[FeedbackOut], Field(description="the last first, which counts")]
+
+    @classmethod
+    def of_feedback(cls, found: Found, said: Sequence[Feedback]) -> Self:
+        return cls.of(found, feedback=[vars(one) for one in said])
+
+
+class RateOut(BaseModel):
+    rate: Annotated[float | None, Field(description="null where nothing of the kind is labelled")]
+    low: Annotated[float, Field(description="of the exact 95 % interval (Clopper-Pearson)")]
+    high: float
+
+
+class AdviceOut(BaseModel):
+    """Thresholds with the fewest errors on labelled parts. Nothing applies them."""
+
+    above: Annotated[float | None, Field(description="not itself; null: as low as one likes")]
+    up_to: Annotated[float | None, Field(description="itself; null: as high as one likes")]
+    false_positives: int
+    false_negatives: int
+
+
+class ModelFeedback(BaseModel):
+    """Decisions of one graph beside what people said of the parts; of labelled ones alone, which
+    are rarely a fair sample."""
+
+    model: ModelReference
+    normal: Annotated[int, Field(description="inspections whose last label it is")]
+    anomalous: int
+    true_positives: Annotated[int, Field(description="anomalous, and decided so")]
+    false_positives: int
+    true_negatives: int
+    false_negatives: int
+    false_positive_rate: Annotated[RateOut, Field(description="of normal parts")]
+    detection_rate: Annotated[RateOut, Field(description="of anomalous parts")]
+    threshold_advice: AdviceOut
+
+    @classmethod
+    def of(cls, model: str, summary: Summary) -> "ModelFeedback":
+        counts = summary.confusion
+        return cls(
+            model=ModelReference(name=model, version=summary.version, digest=summary.digest),
+            normal=counts.false_positives + counts.true_negatives,
+            anomalous=counts.true_positives + counts.false_negatives,
+            **vars(counts),
+            false_positive_rate=RateOut(**vars(counts.false_positive_rate)),
+            detection_rate=RateOut(**vars(counts.detection_rate)),
+            threshold_advice=AdviceOut(**vars(summary.advice)),
         )
 
 

@@ -28,7 +28,7 @@ class Server:
     def __init__(self, folder: Path, **environment: str) -> None:
         self.port = free_port()
         self.log = folder / "log"
-        environment.setdefault("database_url", f"sqlite:///{folder / 'state.sqlite'}")
+        environment = {"database_url": f"sqlite:///{folder / 'state.sqlite'}"} | environment
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve", "--port", str(self.port)]
@@ -257,6 +257,50 @@ def test_a_killed_service_comes_back_with_its_calibration(serve: Callable[..., S
 
     assert answer["calibration"]["id"] == made["id"]
     assert answer["threshold"] == made["threshold"]
+
+
+def recorded(server: Server) -> set[str]:
+    lines = server.client.get("/v1/inspections/export?format=jsonl").text.splitlines()
+    return {json.loads(line)["id"] for line in lines}
+
+
+def test_a_stopped_service_has_recorded_every_inspection_that_it_answered(
+    serve: Callable[..., Server],
+) -> None:
+    server, data, ids = serve(), encoded(picture()), set[str]()
+
+    def ask() -> None:
+        client = httpx2.Client(base_url=server.client.base_url, timeout=30)
+        with client, contextlib.suppress(httpx2.TransportError):  # the server has stopped
+            while True:
+                ids.add(client.post("/v1/inspect?render=none", content=data).json()["id"])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(ids) > 200, "no answers")
+    assert server.stop() == 0
+    for thread in threads:
+        thread.join(60)
+
+    assert recorded(serve()) == ids
+
+
+def test_a_killed_service_has_recorded_all_but_the_last_second(
+    serve: Callable[..., Server],
+) -> None:
+    server, data, answered = serve(), encoded(picture()), dict[str, float]()
+    began = time.monotonic()
+    while time.monotonic() < began + 3:
+        id = server.inspect(data, render="none").json()["id"]
+        answered[id] = time.monotonic()
+    last = time.monotonic()
+    server.stop(signal.SIGKILL)
+
+    there = recorded(serve())
+
+    assert {id for id, moment in answered.items() if moment < last - 1} <= there
+    assert there <= answered.keys()
 
 
 def test_the_log_has_one_line_for_a_request_with_its_id(serve: Callable[..., Server]) -> None:
