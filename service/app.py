@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service import __version__, calibration_routes, cores, trace_routes, uploads
+from service import __version__, calibration_routes, cores, trace_routes, uploads, watch_routes
+from service.alarms import Alarms
 from service.calibrator import Calibrator
 from service.database import Database
 from service.edge import (
@@ -41,6 +42,7 @@ from service.schemas import Inspection, ModelOut, State
 from service.settings import Settings
 from service.store import Store
 from service.trace import Trace
+from service.watch import Watch
 
 _IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
 INSPECT_BODY = {
@@ -73,16 +75,19 @@ def create_app(settings: Settings) -> FastAPI:
         workers, metrics, settings.max_image_pixels, trace if settings.trace else None
     )
     calibrator = Calibrator(registry, store, workers, settings)
+    watch = Watch(registry, inspections, Alarms(database), metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stop = asyncio.Event()
-        following = asyncio.create_task(registry.follow(stop))
+        following = [asyncio.create_task(registry.follow(stop))]
+        if settings.trace:
+            following.append(asyncio.create_task(watch.run(stop)))
         for thread in (archive, trace, retention):
             thread.start()
         yield
         stop.set()
-        await following
+        await asyncio.gather(*following)
         workers.shutdown()
         # The trace after the archive, as it tells which images could be written.
         for thread in (retention, archive, trace):
@@ -102,6 +107,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_inspection(registry, inspector, settings))
     app.include_router(calibration_routes.router(registry, calibrator, store, settings))
     app.include_router(trace_routes.router(inspections, trace, archive, registry))
+    app.include_router(watch_routes.router(registry, watch, settings))
     app.include_router(_operation(registry, metrics))
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]

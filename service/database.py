@@ -170,6 +170,24 @@ feedback = sa.Table(
     sa.Index("feedback_by_inspection", "inspection", "id"),
 )
 
+# The last row of a profile and calibration counts: an alarm stands until somebody resets it.
+drift_events = sa.Table(
+    "drift_events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),  # "": the test itself
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("profile", sa.String(64), nullable=False),
+    sa.Column("calibration", sa.String(32), nullable=False),  # "bundle": its own
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("images", sa.Integer, nullable=False),
+    sa.Column("statistic", sa.Float, nullable=False),
+    sa.Index("drift_events_by_graph", "model", "version", "digest"),
+)
+
 
 class Database:
     """An engine on a migrated database.

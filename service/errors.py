@@ -11,6 +11,7 @@ ServiceError
 ├── ImageNotKept            404  the image of an inspection was not archived, or is gone
 ├── DigestMismatch          409  another graph than the caller insists on
 ├── Uncalibrated            409  the model has no threshold, and the request gives none
+├── NothingWatched          409  no test of drift: no calibration, or nothing recorded
 ├── CalibrationFinished     409  it never changes again; or it must be finished first
 ├── CalibrationInUse        409  what is in force can't be deleted
 ├── NothingToRollBack       409  nothing was in force before
@@ -76,6 +77,10 @@ class DigestMismatch(ServiceError):
 
 class Uncalibrated(ServiceError):
     status, title = 409, "No threshold"
+
+
+class NothingWatched(ServiceError):
+    status, title = 409, "Nothing is watched"
 
 
 class CalibrationFinished(ServiceError):

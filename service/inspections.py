@@ -163,9 +163,10 @@ class Inspections:
         with self._database.read() as connection:
             return [Labelled(**row) for row in connection.execute(query).mappings()]
 
-    def oldest_of(self, count: int) -> str | None:
+    def oldest_of(self, count: int, filter: Filter = Filter()) -> str | None:
         """The oldest id of the `count` newest; None where there are fewer."""
-        query = sa.select(inspections.c.id).order_by(inspections.c.id.desc())
+        query = sa.select(inspections.c.id).where(*_conditions(filter))
+        query = query.order_by(inspections.c.id.desc())
         with self._database.read() as connection:
             return connection.scalar(query.limit(1).offset(count - 1))
 

@@ -74,6 +74,24 @@ class Metrics:
             ["model", "profile"],
             registry=registry,
         )
+        self.drift_alarm = Gauge(
+            "skrd4ad_drift_alarm",
+            "1 from when images decided normal no longer score as the calibration's did.",
+            ["model", "profile"],
+            registry=registry,
+        )
+        self.drift_statistic = Gauge(
+            "skrd4ad_drift_statistic",
+            "Evidence of that: an alarm from 100,000 on.",
+            ["model", "profile"],
+            registry=registry,
+        )
+        self.drift_images = Gauge(
+            "skrd4ad_drift_images",
+            "Images that it was tested with.",
+            ["model", "profile"],
+            registry=registry,
+        )
         self.database_up = Gauge(
             "skrd4ad_database_up",
             "1 while the database answers; inspection goes on while it doesn't.",

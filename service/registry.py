@@ -99,6 +99,10 @@ class Registry:
     def loaded(self) -> list[Model]:
         return list(self._models.values())
 
+    def serves(self, model: Model) -> bool:
+        """Whether it answers where a request names no version."""
+        return model.bundle.version == self._newest[model.name]
+
     def check_ready(self) -> None:
         """Raises NotReady where there is no model."""
         if not self._newest:
@@ -271,7 +275,7 @@ class Registry:
     def _publish(self, model: Model, before: Iterable[str] = ()) -> None:
         """The newest version's thresholds, which are what requests get that name no version;
         `before` are the profiles that had one until now."""
-        if model.bundle.version != self._newest[model.name]:
+        if not self.serves(model):
             return
         metrics = self._metrics
         for profile in {*before} - {"", *model.calibrations}:

@@ -15,6 +15,7 @@ from service.heatmap import MediaType
 from service.inspections import Feedback, Found
 from service.registry import Model
 from service.store import Activation, Sample, StoredCalibration
+from service.watch import Report
 
 ThresholdSource = Literal["calibration", "bundle", "request"]
 NOTE_LENGTH = 1000
@@ -580,6 +581,52 @@ class ModelFeedback(BaseModel):
             false_positive_rate=RateOut(**vars(counts.false_positive_rate)),
             detection_rate=RateOut(**vars(counts.detection_rate)),
             threshold_advice=AdviceOut(**vars(summary.advice)),
+        )
+
+
+class DriftAlarm(BaseModel):
+    at: datetime
+    images: Annotated[int, Field(description="that had been tested then")]
+
+
+class DriftOut(BaseModel):
+    """Whether images that were decided normal still score as the calibration's did."""
+
+    model: ModelReference
+    profile: str | None
+    calibration: CalibrationReference
+    since: Annotated[
+        datetime | None, Field(description="of the last reset; null: since it is in force")
+    ]
+    images: Annotated[int, Field(description="tested so far")]
+    statistic: Annotated[float, Field(description="evidence of a change: an alarm at run_length")]
+    run_length: Annotated[
+        float, Field(description="images until a false alarm, on average, at least")
+    ]
+    alarm: Annotated[DriftAlarm | None, Field(description="stays until a reset or a calibration")]
+    distance: Annotated[
+        float | None,
+        Field(description="Kolmogorov and Smirnov's, of the last 200 scores to the calibration's"),
+    ]
+    histogram: Annotated[
+        list[int],
+        Field(description="of the last 200 p-values in ten equal parts of (0, 1]: flat, if all is"),
+    ]
+
+    @classmethod
+    def of(cls, model: Model, profile: str, report: Report) -> "DriftOut":
+        alarm = report.alarm
+        return cls(
+            model=ModelReference.of(model),
+            profile=profile or None,
+            calibration=CalibrationReference.of(report.calibration),
+            since=report.since,
+            images=report.images,
+            statistic=report.statistic,
+            run_length=report.run_length,
+            alarm=DriftAlarm(at=alarm.at, images=alarm.images) if alarm else None,
+            distance=report.distance,
+            histogram=report.histogram,
         )
 
 

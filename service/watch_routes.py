@@ -1,0 +1,51 @@
+"""The routes of drift: whether a model's images still score as its calibration's did."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+
+from service.bundle import NAME_PATTERN
+from service.edge import Profile, StrictRoute, Version, caller, problems, within
+from service.errors import NothingWatched
+from service.registry import Model, Registry
+from service.schemas import DriftOut
+from service.settings import Settings
+from service.watch import Report, Watch
+
+Name = Annotated[str, Path(pattern=NAME_PATTERN)]
+
+
+def router(registry: Registry, watch: Watch, settings: Settings) -> APIRouter:
+    router = APIRouter(tags=["drift"], route_class=StrictRoute)
+
+    @router.get("/v1/models/{name}/drift", responses=problems(404, 409, 422, 500, 503, 504))
+    async def drift(name: Name, version: Version = None, profile: Profile = "") -> DriftOut:
+        """Whether images decided normal still score as the calibration's did."""
+        async with within(settings.request_timeout_s):
+            model = await registry.get(name, version)
+        return _told(model, profile, watch.look(model, profile), settings)
+
+    @router.post("/v1/models/{name}/drift/reset", responses=problems(404, 409, 422, 500, 503, 504))
+    async def reset(
+        name: Name, request: Request, version: Version = None, profile: Profile = ""
+    ) -> DriftOut:
+        """Begin a new test: the cause of an alarm was mended."""
+        async with within(settings.request_timeout_s):
+            model = await registry.get(name, version)
+            resetting = asyncio.to_thread(watch.reset, model, profile, by=caller(request))
+            report = await asyncio.shield(resetting)
+        return _told(model, profile, report, settings)
+
+    return router
+
+
+def _told(model: Model, profile: str, report: Report | None, settings: Settings) -> DriftOut:
+    if report is None:
+        shown = f"{model.name} version {model.bundle.version}"
+        shown += f", profile {profile}" if profile else ""
+        reason = "has no calibration, or no image of it was recorded yet"
+        if not settings.trace:
+            reason = "isn't tested for drift: inspections are not recorded (SKRD4AD_TRACE)"
+        raise NothingWatched(f"{shown} {reason}")
+    return DriftOut.of(model, profile, report)
