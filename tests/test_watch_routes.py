@@ -39,8 +39,9 @@ def images(client: TestClient, **query: str) -> int:
 
 
 def test_inspections_are_tested_as_they_are_recorded(watched: TestClient) -> None:
-    made = calibrate(watched, normal_pictures(40), target_fpr=0.05).json()
-    for _, data in normal_pictures(15):
+    pictures = normal_pictures(40)
+    made = calibrate(watched, pictures, target_fpr=0.05).json()
+    for _, data in pictures[:15]:  # those that score lowest
         inspect(watched, data, render="none")
     inspect(watched, encoded(spotted()), render="none")  # anomalous
     inspect(watched, encoded(picture()), render="none", threshold=0.9)
