@@ -24,6 +24,7 @@ MOST = CLIENTS[-1]
 LATENCIES = ("images_per_s", "p50_ms", "p95_ms", "p99_ms")
 COSTS = ("load_cores", "server_cores", "server_mb")
 SCALED = {"size": "side", "batch": "batch", "models": "models"}  # part: what grows in it
+TRACED = {"traced": "true", "untraced": "false"}  # server: whether it records inspections
 CLOSED_PLAIN = ("closed", "none")  # loop and render of what is plotted against clients
 PLOTTED = {  # part: title and what the axis says
     "size": ("light, square JPEGs, 8 clients", "side of the picture, pixels"),
@@ -112,18 +113,19 @@ def compared(
     others: Sequence[str],
     of: Callable[[float, float], float] = operator.truediv,
     best: Callable[..., float] = max,
+    part: str = "load",
     **cell: Any,
 ) -> Found | None:
     """Ours against the best of the others, in every round that has both; None where none has and
     none of ours failed."""
-    mine = by_round(rows, "load", value, server=server, **cell)
-    theirs = [by_round(rows, "load", value, server=other, **cell) for other in others]
+    mine = by_round(rows, part, value, server=server, **cell)
+    theirs = [by_round(rows, part, value, server=other, **cell) for other in others]
     found = []
     for number, ours in mine.items():
         there = [each[number] for each in theirs if number in each]
         if there:
             found.append(of(ours, best(there)))
-    asked = _with(rows, part="load", server=server, **cell)
+    asked = _with(rows, part=part, server=server, **cell)
     failed = sum(bool(row["errors"]) or not row["answered"] for row in asked)
     return Found(found, failed) if found or failed else None
 
@@ -188,7 +190,17 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             _growth(rows),
             at_most=1.05,
         ),
+        *(_trace_goal(rows, graph) for graph in ("light", "resnet18")),
     ]
+
+
+def _trace_goal(rows: Sequence[Row], graph: str) -> Goal:
+    on, off = TRACED
+    return Goal(
+        f"{graph}: images/s with every inspection recorded over those without, {MOST} clients",
+        compared(rows, "images_per_s", on, [off], part="trace", graph=graph),
+        at_least=0.97,
+    )
 
 
 def _on_the_peers_provider(rows: Sequence[Row], graph: str) -> str:
@@ -230,7 +242,13 @@ def _throughput(
 
 def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(
-        [_goals_table(rows), _load_table(rows), _scaling_table(rows), _anomalib_table(rows)]
+        [
+            _goals_table(rows),
+            _load_table(rows),
+            _scaling_table(rows),
+            _trace_table(rows),
+            _anomalib_table(rows),
+        ]
     )
 
 
@@ -303,6 +321,23 @@ def _scaling_table(rows: Sequence[Row]) -> str:
         if row["part"] == part
     ]
     return _table(["ours", "images/s", "p50 ms", "p99 ms", "server, MB", "again"], body)
+
+
+def _trace_table(rows: Sequence[Row]) -> str:
+    """Medians over rounds."""
+    measured = [row for row in rows if row["part"] == "trace"]
+    body = [
+        [
+            graph,
+            server,
+            *(_figure(found, key) for key in ("images_per_s", "p50_ms", "p99_ms", *COSTS)),
+            f"`{found[0]['command']}`",
+        ]
+        for graph, there in _grouped(measured, "graph").items()
+        for server, found in _grouped(there, "server").items()
+    ]
+    head = ["graph", "server", "images/s", "p50 ms", "p99 ms", "generator, cores"]
+    return _table([*head, "server, cores", "server, MB", "again"], body)
 
 
 def _anomalib_table(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@
     size      how cost grows with the side of the pictures that are sent,
     batch       with the largest batch that is allowed,
     models      and with the number of models that are loaded
+    trace     recording every inspection, beside not recording any
     anomalib  its inferencers, from file to score, beside our service
 
 Servers take turns at each load, the others paused, so that each has the machine to itself but for
@@ -40,7 +41,7 @@ from service.bundle import Bundle
 from service.detector import Detector
 
 FOLDER = Path("runs/bench")
-PARTS = ("load", "memory", "size", "batch", "models", "anomalib")
+PARTS = ("load", "memory", "size", "batch", "models", "trace", "anomalib")
 GRAPHS = ("light", "resnet18", "wide-resnet50")
 RENDERS = ("none", "heatmap")
 ENGINE = "engine"
@@ -186,6 +187,22 @@ class Bench:
                 found["ready_s"] = server.ready_s
             self._add("models", {"server": "ours", "graph": "resnet18", "models": count}, found)
 
+    def _trace(self) -> None:
+        """Two of ours in turns, which differ in nothing else, each with a database of its own."""
+        for graph in self.plan.graphs:
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                for name, traced in report.TRACED.items():
+                    database = f"sqlite:///{self.scratch / name}-{graph}.sqlite"
+                    kind = ours(name, "--trace", traced, "--database-url", database)
+                    servers[name] = stack.enter_context(self._serving(kind, self.bundles[graph]))
+                    servers[name].pause()
+                for number in range(self.plan.rounds):
+                    for name in sorted(servers, reverse=number % 2 == 0):
+                        found = self._ask(servers[name], graph, "none", MOST)
+                        cell = {"server": name, "graph": graph, "round": number, "clients": MOST}
+                        self._add("trace", cell, found)
+
     def _anomalib(self) -> None:
         python = ENVIRONMENTS / "anomalib" / "bin" / "python"
         if not python.exists():
@@ -256,6 +273,8 @@ def command_of(part: str, cell: Row) -> str:
     words = ["python -m bench.serving", "--part", "load" if part == "start" else part]
     if part in ("load", "start"):
         words += ["--only", cell["server"], "--graph", cell["graph"]]
+    if part == "trace":
+        words += ["--graph", cell["graph"]]
     if part == "load":
         words += ["--render", cell["render"], "--clients", str(cell["clients"])]
     return " ".join(words)
@@ -305,7 +324,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--graph", nargs="+", choices=GRAPHS, default=GRAPHS[:2], help="default: not the wide one")
     add("--render", nargs="+", choices=RENDERS, default=RENDERS, help="default: both")
     add("--clients", nargs="+", type=int, choices=CLIENTS, default=CLIENTS, help="default: all")
-    add("--rounds", type=int, default=3, help="of part load; ratios are formed within one")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        help="of parts load and trace; ratios are formed within one",
+    )
     add("--seconds", type=float, help="for each row (default: by graph)")
     add("--folder", type=Path, default=FOLDER, help=f"for what is needed (default: {FOLDER})")
     add("--out", type=Path, metavar="FOLDER", help="write rows, table and plots here")

@@ -114,6 +114,16 @@ def test_starts_and_memory_have_limits():
     assert not goal(rows, "resident memory").met
 
 
+def test_recording_may_cost_three_percent():
+    rows = [row("traced", 98, part="trace"), row("untraced", 100, part="trace")]
+    rows += [row("traced", 48, 1, part="trace"), row("untraced", 50, 1, part="trace")]
+    cost = goal(rows, "light: images/s with every inspection recorded")
+    assert cost.found == Found([0.98, 0.96]) and cost.met
+    assert "| light | traced | 73 | 5 | 9 | 0.1 | 1.5 | 200 | `again` |" in markdown(rows)
+    rows.append(row("traced", 20, 2, part="trace", errors={"500": 1}))
+    assert not goal(rows, "light: images/s with every inspection recorded").met
+
+
 def test_loads_that_were_measured_are_in_the_table_and_goals_that_were_not_say_so():
     assert markdown([]).strip() == ""
     text = markdown([row("ours", 123.4), row("ray", 100.0, errors={"500": 2})])

@@ -5,7 +5,9 @@ import http.client
 import io
 import json
 import shlex
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import cv2
@@ -92,6 +94,18 @@ def test_memory_is_told_after_every_thousand_mixed_requests(folder, monkeypatch)
     assert len(row["resident_mb"]) == 2 and min(row["resident_mb"]) > 10
     assert sum(row["statuses"].values()) == 120
     assert set(row["statuses"]) == {"200", "400"}  # some are damaged
+
+
+def test_a_server_that_records_takes_turns_with_one_that_does_not(folder):
+    rows = measured(folder, "--part", "trace", "--graph", "light", "--rounds", "2")
+    turns = [(row["server"], row["round"]) for row in rows]
+    assert turns == [("untraced", 0), ("traced", 0), ("traced", 1), ("untraced", 1)]
+    assert rows[0]["command"] == "python -m bench.serving --part trace --graph light"
+    for server in report.TRACED:
+        with closing(sqlite3.connect(folder / "scratch" / f"{server}-light.sqlite")) as database:
+            (count,) = database.execute("SELECT count(*) FROM inspections").fetchone()
+        asked = sum(row["answered"] for row in rows if row["server"] == server)
+        assert count > asked if server == "traced" else count == 0  # some to warm up
 
 
 def test_a_peer_that_is_not_installed_is_left_out(folder, monkeypatch, capsys, tmp_path):
