@@ -29,6 +29,7 @@ from service import devices
 from service.app import create_app
 from service.bundle import (
     Bundle,
+    Golden,
     Graph,
     HeldOutImage,
     Manifest,
@@ -164,6 +165,7 @@ def manifest_of(
     scores: tuple[float, ...] = tuple(np.linspace(0.1, 0.3, 99)),
     size: tuple[int, int] = SIZE,
     digests: tuple[str, ...] | None = None,
+    golden: Golden | None = None,
 ) -> Manifest:
     digests = digests or tuple(f"{i:064x}" for i in range(len(scores)))
     return Manifest(
@@ -192,7 +194,18 @@ def manifest_of(
         ),
         training={"epochs": 1},
         metrics={"loss": 0.1},
+        golden=golden,
     )
+
+
+def golden_of(
+    brightness: float = 0.2, score: float | None = None, **more: object
+) -> tuple[Golden, bytes]:
+    """A flat golden picture, with the score that the brightness graph gives it unless told."""
+    pixels = picture(brightness)
+    data = encoded(pixels)
+    true = float(pixels.max()) / 255
+    return Golden(sha256=digest(data), score=true if score is None else score, **more), data
 
 
 @pytest.fixture
@@ -200,12 +213,18 @@ def write_bundle(tmp_path: Path) -> Callable[..., Bundle]:
     """Writes the brightness graph as a bundle below `tmp_path/models`."""
 
     def write(
-        name: str = "part", version: int = 1, graph: bytes | None = None, **manifest: object
+        name: str = "part",
+        version: int = 1,
+        graph: bytes | None = None,
+        golden: tuple[Golden, bytes] | None = None,
+        **manifest: object,
     ) -> Bundle:
         graph = graph or brightness_graph()
         folder = tmp_path / "models" / name / str(version)
+        if golden:
+            manifest["golden"] = golden[0]
         written = manifest_of(graph, name=name, version=version, **manifest)  # type: ignore[arg-type]
-        bundles.write(folder, written, graph)
+        bundles.write(folder, written, graph, golden[1] if golden else None)
         return Bundle(folder)
 
     return write
