@@ -33,6 +33,7 @@ from service.inspection import Inspected, Inspector
 from service.metrics import Metrics
 from service.middleware import RequestRecord
 from service.registry import Registry
+from service.rollouts import Rollouts
 from service.schemas import Inspection, ModelOut, State
 from service.settings import Settings
 from service.store import Store
@@ -58,7 +59,8 @@ def create_app(settings: Settings) -> FastAPI:
     metrics = Metrics()
     database = Database(settings.database_url)
     store = Store(database)
-    registry = Registry(settings, store, metrics)
+    rollouts = Rollouts(database)
+    registry = Registry(settings, store, rollouts, metrics)
     workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="pixels")
     inspector = Inspector(workers, metrics, settings.max_image_pixels)
     calibrator = Calibrator(registry, store, workers, settings)
@@ -70,8 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following
+        await registry.close()
         workers.shutdown()
-        registry.close()
         database.close()
 
     app = FastAPI(

@@ -18,7 +18,7 @@ from service.calibration import Calibration, decide
 from service.errors import Uncalibrated
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.metrics import Metrics
-from service.registry import Model
+from service.model import Model
 from service.schemas import (
     CalibrationReference,
     ImageReference,

@@ -79,6 +79,23 @@ class Metrics:
             ["model", "version", "digest", "architecture", "backbone"],
             registry=registry,
         )
+        self.model_active = Gauge(
+            "skrd4ad_model_active",
+            "Which version serves; always 1.",
+            ["model", "version"],
+            registry=registry,
+        )
+        self.model_load = Histogram(
+            "skrd4ad_model_load_seconds",
+            "Time from a bundle on disk to a model that is warm and checked.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.model_load_failures = Counter(
+            "skrd4ad_model_load_failures_total",
+            "Bundles that could not be loaded or failed their self-check.",
+            registry=registry,
+        )
         self.provider_info = Gauge(
             "skrd4ad_provider_info",
             "What the graphs run on, in which precision and in which sizes of batch; always 1.",

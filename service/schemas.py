@@ -10,7 +10,7 @@ from service.calibration import Calibration, Decision, min_samples
 from service.calibrator import Examined, Scored
 from service.contamination import TEST, Tail
 from service.heatmap import MediaType
-from service.registry import Model
+from service.model import Model
 from service.store import Activation, Sample, StoredCalibration
 
 ThresholdSource = Literal["calibration", "bundle", "request"]
