@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service import __version__, calibration_routes, cores, uploads
+from service import __version__, calibration_routes, cores, model_routes, uploads
 from service.calibrator import Calibrator
 from service.database import Database
 from service.edge import (
@@ -30,11 +30,12 @@ from service.edge import (
 from service.errors import InvalidParameter
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.inspection import Inspected, Inspector
+from service.intake import Intake
 from service.metrics import Metrics
 from service.middleware import RequestRecord
 from service.registry import Registry
 from service.rollouts import Rollouts
-from service.schemas import Inspection, ModelOut, State
+from service.schemas import Inspection, State
 from service.settings import Settings
 from service.store import Store
 
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     rollouts = Rollouts(database)
     registry = Registry(settings, store, rollouts, metrics)
     workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="pixels")
-    inspector = Inspector(workers, metrics, settings.max_image_pixels)
+    inspector = Inspector(workers, metrics, settings.max_image_pixels, registry.shadow_of)
     calibrator = Calibrator(registry, store, workers, settings)
 
     @asynccontextmanager
@@ -87,6 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     add_errors(app)
     app.include_router(_inspection(registry, inspector, settings))
     app.include_router(calibration_routes.router(registry, calibrator, store, settings))
+    intake = Intake(registry, settings)
+    app.include_router(model_routes.router(registry, rollouts, intake, settings))
     app.include_router(_operation(registry, metrics))
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]
@@ -156,11 +159,6 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
 
 def _operation(registry: Registry, metrics: Metrics) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
-
-    @router.get("/v1/models", tags=["models"])
-    def models() -> list[ModelOut]:
-        """The loaded models, with digest, threshold and calibration in force."""
-        return [ModelOut.of(loaded, registry.versions(loaded.name)) for loaded in registry.loaded()]
 
     @router.get("/livez", tags=["operation"])
     async def livez() -> State:

@@ -25,7 +25,7 @@ CONTENT_TYPES = (
 _MAX_HEADER_BYTES = 1 << 20  # of a tar's member, with its extensions
 _PIECE_BYTES = 1 << 16
 # What file managers leave beside the files.
-_LITTER = re.compile(r"(^|/)(\.[^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)")
+_LITTER = re.compile(r"(^|/)(\.(?!\.?[/\\])[^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)")
 
 Member = tuple[str, bytes]
 
@@ -163,7 +163,7 @@ class _Stream:
 
 def _check_size(name: str, size: int, limit: int) -> None:
     if size > limit:
-        raise TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of an image")
+        raise TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of a file")
 
 
 def _told(error: Exception) -> str:

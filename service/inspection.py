@@ -7,6 +7,7 @@ event loop.
 import asyncio
 import base64
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 
@@ -28,6 +29,7 @@ from service.schemas import (
     ThresholdSource,
     Timing,
 )
+from service.shadow import Seen, Shadow
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,15 @@ class _Decoded:
 class Inspector:
     """Inspects with any model; decodes and renders on `workers`."""
 
-    def __init__(self, workers: Executor, metrics: Metrics, max_pixels: int) -> None:
+    def __init__(
+        self,
+        workers: Executor,
+        metrics: Metrics,
+        max_pixels: int,
+        shadow_of: Callable[[Model], Shadow | None] = lambda model: None,
+    ) -> None:
         self._workers, self._metrics, self._max_pixels = workers, metrics, max_pixels
+        self._shadow_of = shadow_of
 
     async def inspect(
         self,
@@ -120,6 +129,9 @@ class Inspector:
         else:
             inspected = depict()
         self._observe(inspected.inspection)
+        if calibration is not None and (shadow := self._shadow_of(model)) is not None:
+            seen = Seen(data, decoded.resized, profile, answer.prediction.score, calibration)
+            shadow.offer(seen, self._workers)
         return inspected
 
     def _decode(self, data: bytes, model: Model, asked: float) -> _Decoded:

@@ -3,16 +3,15 @@
 import asyncio
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from service import bundle as bundles
-from service.bundle import Bundle
+from service.bundle import Bundle, Manifest
 from service.calibration import Calibration
 from service.errors import (
     BundleError,
@@ -24,29 +23,34 @@ from service.errors import (
     NotReady,
     Overloaded,
     ServiceError,
+    Uncalibrated,
     UnknownModel,
 )
 from service.loader import Loader
 from service.metrics import Metrics
 from service.model import Key, Model, tell_threshold
+from service.refusals import Refusals
 from service.residents import Residents
-from service.rollouts import Rollout, Rollouts
+from service.rollouts import Candidate, Rollout, Rollouts, Tally
 from service.settings import Settings
+from service.shadow import Shadow
 from service.store import Graph, Store
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 60.0  # between tries to take up what can't be had here
-
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why this service does not serve the version that it should."""
+class Listed:
+    """A version on disk, and what it is here."""
 
-    wanted: Graph
-    reason: str
-    again: float  # on time.monotonic's clock
-    pause_s: float
+    name: str
+    version: int
+    versions: list[int]  # of the model, on disk
+    manifest: Manifest | None  # None: it can't be read
+    error: str | None
+    model: Model | None  # None: not loaded
+    active: bool
+    shadow: bool
 
 
 class Registry:
@@ -67,7 +71,9 @@ class Registry:
         self._loader = Loader(settings, metrics)
         self._residents = Residents(settings.max_loaded_models)
         self._active: dict[str, Graph] = {}
-        self._refused: dict[str, Refusal] = {}
+        self._shadows: dict[str, Shadow] = {}
+        self._refused = Refusals(settings.sync_interval_s)
+        self._refused_shadows = Refusals(settings.sync_interval_s)
         self._loads: dict[Key, asyncio.Task[Model]] = {}
         self._waiting_for: Counter[Key] = Counter()
         self._rolling_out: Counter[str] = Counter()
@@ -94,21 +100,25 @@ class Registry:
         """What serves where a request names no version."""
         return self._active.get(name)
 
-    def refusal(self, name: str) -> str | None:
-        """Why another version serves than was activated, or none."""
-        refused = self._refused.get(name)
-        return refused.reason if refused else None
+    def refusals(self, name: str) -> list[str]:
+        """Why something else serves, or is tried beside it, than the database wants."""
+        found = (self._refused.reason(name), self._refused_shadows.reason(name))
+        return [reason for reason in found if reason]
 
     def check_ready(self) -> None:
         """Raises NotReady where there is no model, or one that can't be served since the start."""
         self._check_any()
         for name in self._lacking:
             if name not in self._active:
-                raise NotReady(self._refused[name].reason)
+                raise NotReady(self._refused.reason(name) or f"{name} is not served")
 
     def _check_any(self) -> None:
-        if not self._active and not self._refused:
+        if not self.names():
             raise NotReady(f"no model: there is no bundle in {self._settings.models}")
+
+    def _serves(self, name: str, version: int) -> bool:
+        active = self._active.get(name)
+        return active is not None and active.version == version
 
     def names(self) -> list[str]:
         return sorted({*self._active, *self._refused})
@@ -145,7 +155,7 @@ class Registry:
 
     def _active_graph(self, name: str) -> Graph:
         if name not in self._active:
-            raise DigestMismatch(self._refused[name].reason)
+            raise DigestMismatch(self._refused.reason(name) or f"{name} is not served")
         return self._active[name]
 
     async def _check_name(self, name: str) -> None:
@@ -160,6 +170,31 @@ class Registry:
         if name not in self.names():
             raise UnknownModel(f"model {name!r} is none of: {', '.join(self.names())}")
 
+    async def listed(self, name: str | None = None) -> list[Listed]:
+        """Every version on disk, newest first, of one model or of all; raises UnknownModel."""
+        if name is not None:
+            await self._check_name(name)
+        names = [name] if name else await asyncio.to_thread(bundles.names, self._settings.models)
+        found = await asyncio.to_thread(lambda: [(name, self.versions(name)) for name in names])
+        models = {model.key: model for model in self.loaded()}
+        tried = self._tried()
+
+        def read(name: str, version: int, versions: list[int]) -> Listed:
+            key, manifest, error = (name, version), None, None
+            if model := models.get(key):
+                manifest = model.bundle.manifest
+            else:
+                try:
+                    manifest = Bundle(self._folder(name, version)).manifest
+                except BundleError as refusal:
+                    error = str(refusal)
+            serves = self._serves(name, version)
+            return Listed(name, version, versions, manifest, error, model, serves, key in tried)
+
+        return await asyncio.to_thread(
+            lambda: [read(name, v, versions) for name, versions in found for v in versions[::-1]]
+        )
+
     # What is active
 
     def _choose(self, name: str, wanted: Rollout) -> None:
@@ -167,7 +202,7 @@ class Registry:
         newest = self.versions(name)[-1]
         graph = wanted.active.get(name) or Graph(name, newest, "")
         if reason := self._lacks(graph):
-            self._refuse(graph, reason)
+            self._refused.add(name, graph, reason)
         else:
             self._set_active(graph)
 
@@ -177,7 +212,7 @@ class Registry:
             return None
         found = self.versions(graph.model)
         told = (
-            f"{graph.model}: version {graph.version} was activated with the digest {graph.digest}"
+            f"{graph.model}: version {graph.version} should be used, with the digest {graph.digest}"
         )
         remedy = "put that bundle back, or activate a version that is here"
         if graph.version not in found:
@@ -187,17 +222,6 @@ class Registry:
         except BundleError as error:
             return f"{told}; {error}: {remedy}"
         return f"{told}, here it has {digest}: {remedy}" if digest != graph.digest else None
-
-    def _refuse(self, wanted: Graph, reason: str) -> None:
-        """Tell why, once, and try again after a pause that doubles."""
-        before = self._refused.get(wanted.model)
-        pause_s = self._settings.sync_interval_s
-        if before and before.wanted == wanted:
-            pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S)
-        if not before or before.reason != reason:
-            log.error("%s", reason)
-        again = time.monotonic() + pause_s
-        self._refused[wanted.model] = Refusal(wanted, reason, again, pause_s)
 
     def _set_active(self, graph: Graph) -> None:
         before = self._active.get(graph.model)
@@ -266,8 +290,8 @@ class Registry:
     async def _take_up_now(self, name: str) -> None:
         """Take up what is wanted of a model now, whatever was refused a moment ago."""
         await self._changed(name)  # which may have begun with what was wanted before
-        if refused := self._refused.get(name):
-            self._refused[name] = replace(refused, again=0.0)
+        self._refused.hurry(name)
+        self._refused_shadows.hurry(name)
         await self._follow_rollouts()
         await self._changed(name)
 
@@ -285,54 +309,156 @@ class Registry:
             for name in await asyncio.to_thread(bundles.names, self._settings.models):
                 if name not in self._active and name not in self._refused:
                     self._choose(name, wanted)
-                if name not in self._changes and self._is_due(name, wanted):
-                    task = asyncio.create_task(self._take_up_rollout(name, wanted))
+                graph, candidate = wanted.active.get(name), wanted.shadows.get(name)
+                if name not in self._changes and self._is_due(name, graph, candidate):
+                    task = asyncio.create_task(self._take_up_rollout(name, graph, candidate))
                     self._changes[name] = task
                     task.add_done_callback(partial(self._end_change, name))
 
     def _end_change(self, name: str, task: "asyncio.Task[None]") -> None:
         del self._changes[name]
 
-    def _is_due(self, name: str, wanted: Rollout) -> bool:
-        """Whether something else is wanted than serves, and was not refused just now."""
-        graph, refused = wanted.active.get(name), self._refused.get(name)
-        if graph is None or graph == self._active.get(name):
-            return False
-        return refused is None or refused.wanted != graph or refused.again <= time.monotonic()
+    def _is_due(self, name: str, graph: Graph | None, candidate: Candidate | None) -> bool:
+        """Whether something else is wanted than is here, and was not refused just now."""
+        return (
+            self._is_due_to_serve(name, graph) is not None
+            or self._is_due_as_shadow(name, candidate) is not None
+            or (candidate is None and name in self._shadows)
+        )
 
-    async def _take_up_rollout(self, name: str, wanted: Rollout) -> None:
-        graph = wanted.active[name]
-        try:
-            with self._roll_out(name):
-                if reason := await asyncio.to_thread(self._lacks, graph):
-                    raise DigestMismatch(reason)
-                model = await self._loaded((name, graph.version))
-                if model.bundle.digest != graph.digest:
-                    raise DigestMismatch(f"{name}: {graph.version} changed on disk since it loaded")
-                self._swap(model)
-        except ServiceError as error:
-            self._refuse(graph, str(error))
-        except Exception:
-            log.exception("%s version %d could not be taken up", name, graph.version)
-            self._refuse(graph, f"{name}: version {graph.version} failed, see the log")
+    def _is_due_to_serve(self, name: str, graph: Graph | None) -> Graph | None:
+        same = graph is None or graph == self._active.get(name)
+        return graph if not same and self._refused.is_due(name, graph) else None
+
+    def _is_due_as_shadow(self, name: str, candidate: Candidate | None) -> Candidate | None:
+        shadow = self._shadows.get(name)
+        same = candidate is None or (shadow is not None and shadow.candidate == candidate)
+        return candidate if not same and self._refused_shadows.is_due(name, candidate) else None
+
+    async def _take_up_rollout(
+        self, name: str, graph: Graph | None, candidate: Candidate | None
+    ) -> None:
+        with self._roll_out(name):
+            if due := self._is_due_to_serve(name, graph):
+                try:
+                    self._swap(await self._wanted(due))
+                except Exception as error:
+                    self._refused.add(name, due, _told(error))
+            if candidate is None:
+                await self._end_shadow(name)
+            elif self._is_due_as_shadow(name, candidate):
+                try:
+                    model = await self._wanted(candidate.graph)
+                    await self._begin_shadow(candidate, model)
+                except Exception as error:
+                    self._refused_shadows.add(name, candidate, _told(error))
+
+    async def _wanted(self, graph: Graph) -> Model:
+        """The model with this very graph; raises as `get`."""
+        if reason := await asyncio.to_thread(self._lacks, graph):
+            raise DigestMismatch(reason)
+        return await self.get(graph.model, graph.version, graph.digest)
 
     def _swap(self, model: Model) -> None:
         """From the next request on this version answers; the one before goes when it has answered
         those that it began."""
         before = self._active.get(model.name)
         self._set_active(model.graph)
-        self._refused.pop(model.name, None)
+        self._refused.forget(model.name)
         if self._residents.get(model.key) is None:  # unloaded since it was loaded for this
             self._keep(model)
-        if before is not None and before.version != model.bundle.version:
+        if before is not None and (model.name, before.version) not in {model.key, *self._tried()}:
             self._drop((model.name, before.version))
         self._publish(model)
-        log.info(
-            "%s version %d serves, was %s; %s",
-            *model.key,
-            before.version if before else "none",
-            tell_threshold(model.calibration),
+        if before is None or before.version != model.bundle.version:
+            log.info(
+                "%s version %d serves, was %s; %s",
+                *model.key,
+                before.version if before else "none",
+                tell_threshold(model.calibration),
+            )
+
+    # What is tried beside it
+
+    def shadow_of(self, model: Model) -> Shadow | None:
+        """What is to score the same images as this model, if that serves."""
+        return self._shadows.get(model.name) if self._serves(*model.key) else None
+
+    async def set_shadow(self, name: str, version: int, *, by: str) -> None:
+        """Let a version score what the active one answers, once it is loaded, warm and checked.
+
+        Raises as `get`, ModelInUse for the active version, and Uncalibrated for one that has no
+        threshold to decide by.
+        """
+        with self._roll_out(name):
+            model = await self.get(name, version)
+            if self._serves(name, version):
+                raise ModelInUse(f"{name} version {version} is active: nothing to compare it with")
+            if model.calibration is None:
+                raise Uncalibrated(
+                    f"model {name}/{version} has no threshold: calibrate it with "
+                    f"POST /v1/calibrate?model={name}&version={version} first"
+                )
+            await self.pin(name, by=by)
+            await self._change(model, partial(self._rollouts.set_shadow, model.graph, by=by))
+
+    async def end_shadow(self, name: str, *, by: str) -> None:
+        """Raises UnknownModel where there is none."""
+        await self.shadow(name)
+
+        async def change() -> None:
+            await asyncio.to_thread(self._rollouts.end_shadow, name, by=by)
+            await self._take_up_now(name)
+
+        await asyncio.shield(change())
+
+    async def shadow(self, name: str) -> tuple[Candidate, dict[str, Tally]]:
+        """What is tried beside a model, and what all replicas counted of it, by outcome.
+
+        Raises UnknownModel where nothing is.
+        """
+        await self._check_name(name)
+        candidate = (await asyncio.to_thread(self._rollouts.wanted)).shadows.get(name)
+        if candidate is None:
+            raise UnknownModel(f"model {name!r} has no shadow")
+        await self._store_counts()
+        return candidate, await asyncio.to_thread(self._rollouts.counts, candidate.id)
+
+    async def _begin_shadow(self, candidate: Candidate, model: Model) -> None:
+        await self._end_shadow(model.name)
+        self._shadows[model.name] = Shadow(
+            candidate,
+            model,
+            self._loader.device_thread,
+            self._metrics,
+            self._settings.max_image_pixels,
         )
+        self._refused_shadows.forget(model.name)
+        log.info("%s version %d is tried beside the active one", *model.key)
+
+    async def _end_shadow(self, name: str) -> None:
+        self._refused_shadows.forget(name)
+        if shadow := self._shadows.pop(name, None):
+            await shadow.close()
+            with suppress(DatabaseAway):  # what was counted since the last time is lost
+                await self._store_counted(shadow)
+            log.info("%s version %d is no longer tried", *shadow.model.key)
+
+    async def _store_counts(self) -> None:
+        for shadow in list(self._shadows.values()):
+            await self._store_counted(shadow)
+
+    async def _store_counted(self, shadow: Shadow) -> None:
+        """Raises DatabaseAway; then it is kept for the next time."""
+        if tallies := shadow.taken():
+            try:
+                await asyncio.to_thread(self._rollouts.count, shadow.candidate.id, tallies)
+            except DatabaseAway:
+                shadow.add(tallies)
+                raise
+
+    def _tried(self) -> set[Key]:
+        return {shadow.model.key for shadow in self._shadows.values()}
 
     # What is in memory
 
@@ -348,9 +474,13 @@ class Registry:
         await self._check_name(name)
         if version not in await asyncio.to_thread(self.versions, name):
             raise self._no_version(name, version)
-        active = self._active.get(name)
-        if active is not None and active.version == version:
+        if self._serves(name, version):
             raise ModelInUse(f"{name} version {version} is active: activate another one first")
+        if (name, version) in self._tried():
+            raise ModelInUse(
+                f"{name} version {version} is tried beside the active one: end that first, with "
+                f"DELETE /v1/models/{name}/shadow"
+            )
         self._drop((name, version))
 
     async def adopt(self, model: Model) -> None:
@@ -452,7 +582,7 @@ class Registry:
 
     def _kept(self) -> set[Key]:
         """What is never unloaded to make room."""
-        return {
+        return self._tried() | {
             (name, self._active[name].version)
             for name, count in self._rolling_out.items()
             if count and name in self._active
@@ -495,6 +625,7 @@ class Registry:
                 if stamp != seen:
                     await self.take_up()
                     seen = stamp
+                await self._store_counts()
                 await self._follow_rollouts()
                 self._tell_database(True)
             except DatabaseAway as error:
@@ -521,8 +652,7 @@ class Registry:
 
     def _publish(self, model: Model) -> None:
         """The active version's threshold, which is what requests get that name no version."""
-        active = self._active.get(model.name)
-        if active is not None and model.bundle.version == active.version:
+        if self._serves(*model.key):
             calibration = model.calibration
             threshold, samples = (
                 (calibration.threshold, calibration.samples) if calibration else (math.nan, 0)
@@ -536,7 +666,17 @@ class Registry:
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
+        for name in list(self._shadows):
+            await self._end_shadow(name)
         self._loader.close()
+
+
+def _told(error: Exception) -> str:
+    """Why something was not taken up: once in full where it is no refusal of ours."""
+    if isinstance(error, ServiceError):
+        return str(error)
+    log.error("a version could not be taken up", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _tell_change(model: Model, before: Mapping[str, Calibration]) -> None:
