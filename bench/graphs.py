@@ -156,7 +156,7 @@ def copied(bundle: Bundle, target: Path) -> Path:
         shutil.rmtree(target)
     if not target.exists():
         manifest = bundle.manifest.model_copy(update={"name": target.parent.name})
-        bundles.write(target, manifest, bundle.read_graph())
+        bundles.write(target, manifest, bundle.read_graph(), bundle.read_golden())
     return target
 
 

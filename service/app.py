@@ -10,7 +10,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service import __version__, calibration_routes, cores, trace_routes, uploads, watch_routes
+from service import (
+    __version__,
+    calibration_routes,
+    cores,
+    model_routes,
+    trace_routes,
+    uploads,
+    watch_routes,
+)
 from service.alarms import Alarms
 from service.calibrator import Calibrator
 from service.database import Database
@@ -34,11 +42,13 @@ from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.image_archive import ImageArchive
 from service.inspection import Inspected, Inspector
 from service.inspections import Inspections
+from service.intake import Intake
 from service.metrics import Metrics
 from service.middleware import RequestRecord
 from service.registry import Registry
 from service.retention import Retention
-from service.schemas import Inspection, ModelOut, State
+from service.rollouts import Rollouts
+from service.schemas import Inspection, State
 from service.settings import Settings
 from service.store import Store
 from service.trace import Trace
@@ -65,14 +75,19 @@ def create_app(settings: Settings) -> FastAPI:
     metrics = Metrics()
     database = Database(settings.database_url)
     store = Store(database)
-    registry = Registry(settings, store, metrics)
+    rollouts = Rollouts(database)
+    registry = Registry(settings, store, rollouts, metrics)
     workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="pixels")
     inspections = Inspections(database)
     archive = ImageArchive(settings, metrics)
     trace = Trace(inspections, archive, metrics, settings.trace_max_pending)
     retention = Retention(inspections, settings.trace_max_age_days, settings.trace_max_count)
     inspector = Inspector(
-        workers, metrics, settings.max_image_pixels, trace if settings.trace else None
+        workers,
+        metrics,
+        settings.max_image_pixels,
+        trace=trace if settings.trace else None,
+        shadow_of=registry.shadow_of,
     )
     calibrator = Calibrator(registry, store, workers, settings)
     watch = Watch(registry, inspections, Alarms(database), metrics)
@@ -88,11 +103,11 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         stop.set()
         await asyncio.gather(*following)
+        await registry.close()
         workers.shutdown()
         # The trace after the archive, as it tells which images could be written.
         for thread in (retention, archive, trace):
             thread.close()
-        registry.close()
         database.close()
 
     app = FastAPI(
@@ -108,6 +123,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(calibration_routes.router(registry, calibrator, store, settings))
     app.include_router(trace_routes.router(inspections, trace, archive, registry))
     app.include_router(watch_routes.router(registry, watch, settings))
+    intake = Intake(registry, settings)
+    app.include_router(model_routes.router(registry, rollouts, intake, settings))
     app.include_router(_operation(registry, metrics))
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]
@@ -178,11 +195,6 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
 
 def _operation(registry: Registry, metrics: Metrics) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
-
-    @router.get("/v1/models", tags=["models"])
-    def models() -> list[ModelOut]:
-        """The loaded models, with digest, threshold and calibration in force."""
-        return [ModelOut.of(loaded, registry.versions(loaded.name)) for loaded in registry.loaded()]
 
     @router.get("/livez", tags=["operation"])
     async def livez() -> State:

@@ -163,7 +163,7 @@ class _Stream:
 
 def _check_size(name: str, size: int, limit: int) -> None:
     if size > limit:
-        raise TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of an image")
+        raise TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of a file")
 
 
 def _told(error: Exception) -> str:

@@ -68,6 +68,12 @@ class Batcher:
         self._lock = threading.Lock()  # of _waiting and _scheduled
         self._scheduled = False  # the device's thread will look, or is looking, at what waits
         self.places = 0  # taken
+        self._unanswered = 0
+
+    @property
+    def busy(self) -> bool:
+        """Somebody waits for an answer, or has the right to ask for one."""
+        return self.places > 0 or self._unanswered > 0
 
     @property
     def waiting(self) -> int:
@@ -100,10 +106,12 @@ class Batcher:
         waiter = _Waiter(loop.create_future())
         entering = workers.submit(self._enter, waiter, prepare, loop)
         del prepare  # the encoded image that it may hold needn't wait
+        self._unanswered += 1
         try:
             answer = await waiter.answer
             return waiter.prepared, answer
         finally:
+            self._unanswered -= 1
             entering.cancel()
             with self._lock:
                 if waiter in self._waiting:  # cancelled

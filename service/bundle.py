@@ -1,4 +1,5 @@
-"""A bundle: the immutable folder `models/<name>/<version>/` with `model.onnx` and `manifest.json`.
+"""A bundle: the immutable folder `models/<name>/<version>/` with `model.onnx`, `manifest.json` and,
+for a self-check, `golden.png`.
 
 Written once by `python -m training` (`export`, `import`), read by everything that scores images.
 What changes later (calibrations, which one is active) is state and lives in `service.store`.
@@ -6,20 +7,25 @@ What changes later (calibrations, which one is active) is state and lives in `se
 
 import json
 import re
+import secrets
+import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.calibration import Calibration, default_target_fpr
-from service.errors import BundleError
-from service.image import digest
+from service.errors import BundleError, ServiceError
+from service.image import decode, digest
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 GRAPH_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
+GOLDEN_FILE: Final = "golden.png"
+# Of the golden picture's score, relative: bfloat16 moves scores by up to 1 %, float16 by up to 2 %.
+GOLDEN_TOLERANCE = 0.03
 OWN_CALIBRATION = "bundle"  # its id, in place of a stored one's
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +81,16 @@ class TrainingData(Record):
     held_out: list[HeldOutImage]  # none: the bundle has no threshold until it is calibrated
 
 
+class Golden(Record):
+    """A normal picture at the model's size with the score that the graph gave it at export: what
+    gives it another one is no longer the model that was approved."""
+
+    file: Literal["golden.png"] = GOLDEN_FILE
+    sha256: Sha256
+    score: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tolerance: Annotated[float, Field(gt=0, le=1)] = GOLDEN_TOLERANCE  # relative
+
+
 class Manifest(Record):
     """What `manifest.json` holds: everything an auditor needs to trace a decision to its data."""
 
@@ -89,6 +105,7 @@ class Manifest(Record):
     data: TrainingData
     training: dict[str, str | int | float | bool | None]
     metrics: dict[str, float]
+    golden: Golden | None = None  # None: an older bundle, or one without normal pictures
 
 
 class Bundle:
@@ -105,7 +122,27 @@ class Bundle:
 
     def read_graph(self) -> bytes:
         """The ONNX file, its digest checked; not kept, since the runtime makes its own copy."""
-        return _read_graph(self.folder / GRAPH_FILE, self.manifest.graph.sha256)
+        return _read(self.folder / GRAPH_FILE, self.manifest.graph.sha256)
+
+    def read_golden(self) -> bytes | None:
+        """PNG of the golden picture, its digest checked; None: there is none."""
+        golden = self.manifest.golden
+        return _read(self.folder / golden.file, golden.sha256) if golden else None
+
+    def golden_pixels(self) -> np.ndarray | None:
+        """RGB uint8 (h, w, 3) of the golden picture at the model's size; None: there is none."""
+        if (data := self.read_golden()) is None:
+            return None
+        try:
+            pixels = decode(data)
+        except ServiceError as error:  # no picture that is read
+            raise BundleError(f"{self.folder / GOLDEN_FILE}: {error}") from error
+        if pixels.shape[:2] != self.manifest.image_size:
+            raise BundleError(
+                f"{self.folder / GOLDEN_FILE}: (height, width) is {pixels.shape[:2]}, the model's "
+                f"is {self.manifest.image_size}"
+            )
+        return pixels
 
     @property
     def name(self) -> str:
@@ -133,40 +170,77 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return parse_manifest(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+
+
+def parse_manifest(text: bytes) -> Manifest:
+    """Raises BundleError that names the first field at fault."""
+    try:
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{path}: {where}: {first['msg']}") from error
+        raise BundleError(f"{where}: {first['msg']}") from error
 
 
-def _read_graph(path: Path, expected: str) -> bytes:
+def _read(path: Path, expected: str) -> bytes:
     try:
-        graph = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    actual = digest(graph)
+    check_digest(path, data, expected)
+    return data
+
+
+def check_digest(file: Path | str, data: bytes, expected: str) -> None:
+    """Raises BundleError with both digests where `data` is not what the manifest says."""
+    actual = digest(data)
     if actual != expected:
-        raise BundleError(f"{path}: SHA-256 is {actual}, the manifest says {expected}")
-    return graph
+        raise BundleError(f"{file}: SHA-256 is {actual}, the manifest says {expected}")
 
 
-def write(folder: Path, manifest: Manifest, graph: bytes) -> None:
+def write(folder: Path, manifest: Manifest, graph: bytes, golden: bytes | None = None) -> None:
     """Write a bundle under a temporary name and move it into place whole.
 
     Raises BundleError where the folder exists: bundles never change.
     """
+    publish(stage(folder, manifest, graph, golden), folder)
+
+
+def stage(folder: Path, manifest: Manifest, graph: bytes, golden: bytes | None = None) -> Path:
+    """Write what is to be the bundle `folder` beside it, under a name that no version has.
+
+    Raises BundleError where `folder` exists.
+    """
+    _check_new(folder)
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    staging.mkdir(parents=True)
+    try:
+        (staging / GRAPH_FILE).write_bytes(graph)
+        if golden is not None:
+            (staging / GOLDEN_FILE).write_bytes(golden)
+        text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+        (staging / MANIFEST_FILE).write_text(text + "\n")
+        _read_manifest(staging / MANIFEST_FILE)  # what can't be read back would stop the service
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    return staging
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """Move what `stage` wrote into place; raises BundleError where the folder exists by now."""
+    _check_new(folder)
+    staging.rename(folder)  # which fails where somebody was there in between
+
+
+def _check_new(folder: Path) -> None:
     if folder.exists():
         raise BundleError(f"{folder}: exists, and a bundle is never overwritten")
-    staging = folder.with_name(f".{folder.name}.partial")
-    staging.mkdir(parents=True, exist_ok=True)
-    (staging / GRAPH_FILE).write_bytes(graph)
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
-    (staging / MANIFEST_FILE).write_text(text + "\n")
-    _read_manifest(staging / MANIFEST_FILE)  # what can't be read back would stop the service
-    staging.rename(folder)
 
 
 def versions(models: Path, name: str) -> list[int]:

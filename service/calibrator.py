@@ -28,7 +28,8 @@ from service.errors import (
     UnknownSample,
     UnsupportedFormat,
 )
-from service.registry import Model, Registry
+from service.model import Model
+from service.registry import Registry
 from service.settings import Settings
 from service.store import (
     MAPS_KEPT,

@@ -188,6 +188,43 @@ drift_events = sa.Table(
     sa.Index("drift_events_by_graph", "model", "version", "digest"),
 )
 
+# Which version of a model serves is its last row here; without one, the newest at start.
+model_activations = sa.Table(
+    "model_activations",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("rolls_back", sa.Boolean, nullable=False),
+    sa.Index("model_activations_by_model", "model"),
+)
+
+# The same for the version that is tried beside it; null: none any more.
+model_shadows = sa.Table(
+    "model_shadows",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", UtcTime, nullable=False),
+    sa.Column("by", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),
+    sa.Column("version", sa.Integer),
+    sa.Column("digest", sa.String(64)),
+    sa.Index("model_shadows_by_model", "model"),
+)
+
+shadow_counts = sa.Table(
+    "shadow_counts",
+    metadata,
+    sa.Column("shadow", sa.Integer, sa.ForeignKey("model_shadows.id"), primary_key=True),
+    sa.Column("outcome", sa.String(32), primary_key=True),
+    sa.Column("images", sa.Integer, nullable=False),
+    sa.Column("score_difference", sa.Float, nullable=False),  # summed over the images
+    sa.Column("p_value_difference", sa.Float, nullable=False),
+)
+
 
 class Database:
     """An engine on a migrated database.

@@ -31,7 +31,7 @@ ANONYMOUS = "anonymous"
 ModelName = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
 ]
-Version = Annotated[int | None, Query(ge=1, description="default: the newest at start")]
+Version = Annotated[int | None, Query(ge=1, description="default: the active one")]
 Digest = Annotated[
     str | None,
     Query(pattern="^[0-9a-f]{64}$", description="refuse to answer with any other graph than this"),

@@ -4,28 +4,32 @@ ServiceError
 ├── InvalidImage            400  the bytes are no readable image
 ├── InvalidForm             400  the multipart body is malformed, breaks off or has too many fields
 ├── InvalidArchive          400  neither a zip nor a tar, damaged, or with too many files
-├── UnknownModel            404  no such model or version
+├── UnknownModel            404  no such model or version, or no shadow
 ├── UnknownCalibration      404  no such calibration
 ├── UnknownSample           404  a calibration has no such sample, or no longer its map
 ├── UnknownInspection       404  no such inspection is recorded, or no longer
 ├── ImageNotKept            404  the image of an inspection was not archived, or is gone
-├── DigestMismatch          409  another graph than the caller insists on
+├── DigestMismatch          409  another graph than the caller insists on, or than was activated
 ├── Uncalibrated            409  the model has no threshold, and the request gives none
 ├── NothingWatched          409  no test of drift: no calibration, or nothing recorded
 ├── CalibrationFinished     409  it never changes again; or it must be finished first
 ├── CalibrationInUse        409  what is in force can't be deleted
 ├── NothingToRollBack       409  nothing was in force before
+├── ModelInUse              409  the active version or the shadow can't be unloaded
+├── VersionExists           409  a version never changes
+├── ModelsNotWritable       409  the models folder can't be written to
 ├── TooLarge                413  bytes or pixels beyond the limit
 ├── UnsupportedFormat       415  an image format or pixel type that is not read
 ├── InvalidParameter        422  a parameter out of its bounds
 │   ├── TooFewSamples       422  the asked rate needs more normal images
-│   └── TrainedOn                a sample that the model was trained on; reported, not raised
-├── Overloaded              429  the queue is full, or a calibration under way (Retry-After)
+│   ├── TrainedOn                a sample that the model was trained on; reported, not raised
+│   └── BundleRefused       422  a bundle that was sent can't be used
+├── Overloaded              429  the queue is full, a calibration or upload under way (Retry-After)
 ├── InferenceFailed         500  the runtime raised while scoring
 ├── NotReady                503  no model yet, or no room on the device (Retry-After)
 │   └── DatabaseAway        503  the database doesn't answer; inspection goes on (Retry-After)
 ├── DeadlineExceeded        504  not answered in time
-├── BundleError             500  manifest, digest or graph interface; at start, it stops it
+├── BundleError             500  manifest, digest, interface or self-check; at start, it stops it
 ├── DeviceUnavailable            at start: the named device can't be had
 └── SettingsError                at start: settings that contradict each other
 """
@@ -95,6 +99,18 @@ class NothingToRollBack(ServiceError):
     status, title = 409, "Nothing to roll back"
 
 
+class ModelInUse(ServiceError):
+    status, title = 409, "Model in use"
+
+
+class VersionExists(ServiceError):
+    status, title = 409, "Version exists"
+
+
+class ModelsNotWritable(ServiceError):
+    status, title = 409, "Models folder can't be written to"
+
+
 class TooLarge(ServiceError):
     status, title = 413, "Too large"
 
@@ -117,6 +133,10 @@ class TooFewSamples(InvalidParameter):
 
 class TrainedOn(InvalidParameter):
     title = "Trained on"
+
+
+class BundleRefused(InvalidParameter):
+    title = "Bundle refused"
 
 
 class Overloaded(ServiceError):

@@ -163,6 +163,13 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
+def encode(pixels: np.ndarray) -> bytes:
+    """PNG of RGB uint8 (H, W, 3): `decode` gives the very same pixels back."""
+    done, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    assert done
+    return data.tobytes()
+
+
 def read(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """RGB uint8 (H, W, 3) of an image file; an error of `decode` or OSError."""
     return decode(path.read_bytes(), max_pixels)

@@ -7,6 +7,7 @@ event loop.
 import asyncio
 import base64
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 
@@ -19,7 +20,7 @@ from service.errors import Uncalibrated
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.inspections import new_id
 from service.metrics import Metrics
-from service.registry import Model
+from service.model import Model
 from service.schemas import (
     CalibrationReference,
     ImageReference,
@@ -29,6 +30,7 @@ from service.schemas import (
     ThresholdSource,
     Timing,
 )
+from service.shadow import Seen, Shadow
 from service.trace import Trace
 
 
@@ -53,10 +55,15 @@ class Inspector:
     """Inspects with any model; decodes and renders on `workers`."""
 
     def __init__(
-        self, workers: Executor, metrics: Metrics, max_pixels: int, trace: Trace | None
+        self,
+        workers: Executor,
+        metrics: Metrics,
+        max_pixels: int,
+        trace: Trace | None = None,  # None: inspections are not recorded
+        shadow_of: Callable[[Model], Shadow | None] = lambda model: None,
     ) -> None:
         self._workers, self._metrics, self._max_pixels = workers, metrics, max_pixels
-        self._trace = trace  # None: inspections are not recorded
+        self._trace, self._shadow_of = trace, shadow_of
 
     async def inspect(
         self,
@@ -129,6 +136,9 @@ class Inspector:
         self._observe(inspected.inspection)
         if self._trace:
             self._trace.record(inspected.inspection, data, by)
+        if calibration is not None and (shadow := self._shadow_of(model)) is not None:
+            seen = Seen(data, decoded.resized, profile, answer.prediction.score, calibration)
+            shadow.offer(seen, self._workers)
         return inspected
 
     def _decode(self, data: bytes, model: Model, asked: float) -> _Decoded:

@@ -138,6 +138,43 @@ class Metrics:
             ["model", "version", "digest", "architecture", "backbone"],
             registry=registry,
         )
+        self.model_active = Gauge(
+            "skrd4ad_model_active",
+            "Which version serves; always 1.",
+            ["model", "version"],
+            registry=registry,
+        )
+        self.model_load = Histogram(
+            "skrd4ad_model_load_seconds",
+            "Time from a bundle on disk to a model that is warm and checked.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.model_load_failures = Counter(
+            "skrd4ad_model_load_failures_total",
+            "Bundles that could not be loaded or failed their self-check.",
+            registry=registry,
+        )
+        self.shadow_inspections = Counter(
+            "skrd4ad_shadow_inspections_total",
+            "Images that a shadow scored as well, by what became of the decision.",
+            ["model", "outcome"],
+            registry=registry,
+        )
+        self.shadow_score_difference = Histogram(
+            "skrd4ad_shadow_score_difference",
+            "How far the scores of shadow and active version are apart, each over its threshold.",
+            ["model"],
+            buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+            registry=registry,
+        )
+        self.shadow_p_value_difference = Histogram(
+            "skrd4ad_shadow_p_value_difference",
+            "How far the p-values of shadow and active version are apart.",
+            ["model"],
+            buckets=(0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
+            registry=registry,
+        )
         self.provider_info = Gauge(
             "skrd4ad_provider_info",
             "What the graphs run on, in which precision and in which sizes of batch; always 1.",

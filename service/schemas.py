@@ -7,14 +7,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from service.bundle import OWN_CALIBRATION
 from service.calibration import Calibration, Decision, min_samples
 from service.calibrator import Examined, Scored
 from service.contamination import TEST, Tail
 from service.feedback import Summary
 from service.heatmap import MediaType
 from service.inspections import Feedback, Found
-from service.registry import Model
-from service.store import Activation, Sample, StoredCalibration
+from service.model import Model
+from service.registry import Listed
+from service.rollouts import Candidate, ModelActivation, Tally
+from service.shadow import COMPARED, OUTCOMES
+from service.store import Activation, Graph, Sample, StoredCalibration
 from service.watch import Report
 
 ThresholdSource = Literal["calibration", "bundle", "request"]
@@ -410,20 +414,27 @@ class ActivationOut(BaseModel):
 
 
 class ModelOut(BaseModel):
-    """A loaded model."""
+    """A version of a model on disk; what it runs on and decides by is null unless it is loaded."""
 
     name: str
     version: int
-    versions: Annotated[list[int], Field(description="on disk")]
-    digest: str
-    created: datetime
-    image_size: Annotated[tuple[int, int], Field(description="height, width of the graph's input")]
-    architecture: str
-    backbone: str
-    teacher: dict[str, str]
-    provider: Annotated[str, Field(description="what the graph runs on")]
-    precision: Annotated[str, Field(description="what its convolutions are computed in")]
-    batch_sizes: Annotated[list[int], Field(description="images in one run")]
+    versions: Annotated[list[int], Field(description="of the model, on disk")]
+    active: Annotated[bool, Field(description="answers where a request names no version")]
+    shadow: Annotated[bool, Field(description="tried beside the active one")]
+    loaded: bool
+    error: Annotated[str | None, Field(description="why its bundle can't be read")]
+    digest: str | None
+    created: datetime | None
+    image_size: Annotated[
+        tuple[int, int] | None, Field(description="height, width of the graph's input")
+    ]
+    architecture: str | None
+    backbone: str | None
+    teacher: dict[str, str] | None
+    golden: Annotated[bool, Field(description="checked by a golden picture whenever it is loaded")]
+    provider: Annotated[str | None, Field(description="what the graph runs on")]
+    precision: Annotated[str | None, Field(description="what its convolutions are computed in")]
+    batch_sizes: Annotated[list[int] | None, Field(description="images in one run")]
     threshold: Annotated[
         float | None, Field(description="null until an imported model is calibrated")
     ]
@@ -433,26 +444,32 @@ class ModelOut(BaseModel):
     ]
 
     @classmethod
-    def of(cls, model: Model, versions: list[int]) -> "ModelOut":
-        manifest, calibration = model.bundle.manifest, model.calibration
+    def of(cls, listed: Listed) -> "ModelOut":
+        manifest, model = listed.manifest, listed.model
+        detector, calibration = (model.detector, model.calibration) if model else (None, None)
         return cls(
-            name=model.name,
-            version=model.bundle.version,
-            versions=versions,
-            digest=model.bundle.digest,
-            created=manifest.created,
-            image_size=manifest.image_size,
-            architecture=manifest.network.architecture,
-            backbone=manifest.network.backbone,
-            teacher=manifest.teacher.model_dump(),
-            provider=model.detector.provider,
-            precision=model.detector.precision,
-            batch_sizes=list(model.detector.batch_sizes),
+            name=listed.name,
+            version=listed.version,
+            versions=listed.versions,
+            active=listed.active,
+            shadow=listed.shadow,
+            loaded=model is not None,
+            error=listed.error,
+            digest=manifest.graph.sha256 if manifest else None,
+            created=manifest.created if manifest else None,
+            image_size=manifest.image_size if manifest else None,
+            architecture=manifest.network.architecture if manifest else None,
+            backbone=manifest.network.backbone if manifest else None,
+            teacher=manifest.teacher.model_dump() if manifest else None,
+            golden=manifest is not None and manifest.golden is not None,
+            provider=detector.provider if detector else None,
+            precision=detector.precision if detector else None,
+            batch_sizes=list(detector.batch_sizes) if detector else None,
             threshold=calibration.threshold if calibration else None,
             calibration=CalibrationReference.of(calibration) if calibration else None,
             profiles={
                 profile: CalibrationReference.of(own)
-                for profile, own in sorted(model.calibrations.items())
+                for profile, own in sorted(model.calibrations.items() if model else ())
                 if profile
             },
         )
@@ -627,6 +644,113 @@ class DriftOut(BaseModel):
             alarm=DriftAlarm(at=alarm.at, images=alarm.images) if alarm else None,
             distance=report.distance,
             histogram=report.histogram,
+        )
+
+
+class ModelActivationOut(BaseModel):
+    """A change of which version serves."""
+
+    at: datetime
+    by: str
+    version: int
+    digest: str
+    rolled_back: Annotated[bool, Field(description="went back to what was before")]
+
+    @classmethod
+    def of(cls, activation: ModelActivation) -> "ModelActivationOut":
+        return cls(
+            at=activation.at,
+            by=activation.by,
+            version=activation.graph.version,
+            digest=activation.graph.digest,
+            rolled_back=activation.rolls_back,
+        )
+
+
+class ModelDetail(BaseModel):
+    """A model: its versions, and who let which one serve when."""
+
+    name: str
+    active: Annotated[int | None, Field(description="the version that serves here")]
+    shadow: Annotated[int | None, Field(description="the version that is tried beside it here")]
+    problems: Annotated[
+        list[str], Field(description="why something else serves or is tried than was asked for")
+    ]
+    versions: Annotated[list[ModelOut], Field(description="newest first")]
+    activations: Annotated[list[ModelActivationOut], Field(description="newest first")]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        listed: list[Listed],
+        problems: list[str],
+        activations: list[ModelActivation],
+    ) -> "ModelDetail":
+        return cls(
+            name=name,
+            active=next((each.version for each in listed if each.active), None),
+            shadow=next((each.version for each in listed if each.shadow), None),
+            problems=problems,
+            versions=[ModelOut.of(each) for each in listed],
+            activations=[ModelActivationOut.of(each) for each in activations],
+        )
+
+
+class Activated(BaseModel):
+    """A version that serves from now on, and what it decides by."""
+
+    model: ModelReference
+    replaced: Annotated[int | None, Field(description="the version that served before")]
+    threshold: Annotated[float | None, Field(description="null: calibrate it first")]
+    threshold_source: Annotated[
+        ThresholdSource | None, Field(description="`bundle`, or `calibration` of this version")
+    ]
+    calibration: CalibrationReference | None
+
+    @classmethod
+    def of(cls, model: Model, replaced: Graph | None) -> "Activated":
+        calibration = model.calibration
+        source: ThresholdSource | None = None
+        if calibration:
+            source = "bundle" if calibration.id == OWN_CALIBRATION else "calibration"
+        return cls(
+            model=ModelReference.of(model),
+            replaced=replaced.version if replaced else None,
+            threshold=calibration.threshold if calibration else None,
+            threshold_source=source,
+            calibration=CalibrationReference.of(calibration) if calibration else None,
+        )
+
+
+class ShadowOut(BaseModel):
+    """A version that scores what the active one answers, and what all services counted of it."""
+
+    model: ModelReference
+    since: datetime
+    by: str
+    same: Annotated[int, Field(description="images on which both decided the same")]
+    normal_to_anomalous: Annotated[int, Field(description="that the shadow calls anomalous")]
+    anomalous_to_normal: Annotated[int, Field(description="that the shadow calls normal")]
+    failed: int
+    dropped: Annotated[int, Field(description="because the shadow could not keep up")]
+    mean_score_difference: Annotated[
+        float | None, Field(description="each score over its own threshold; null before any image")
+    ]
+    mean_p_value_difference: float | None
+
+    @classmethod
+    def of(cls, candidate: Candidate, tallies: dict[str, Tally]) -> "ShadowOut":
+        graph = candidate.graph
+        compared = sum((tallies.get(outcome, Tally()) for outcome in COMPARED), Tally())
+        images = compared.images
+        return cls(
+            model=ModelReference(name=graph.model, version=graph.version, digest=graph.digest),
+            since=candidate.at,
+            by=candidate.by,
+            mean_score_difference=compared.score_difference / images if images else None,
+            mean_p_value_difference=compared.p_value_difference / images if images else None,
+            **{outcome: tallies.get(outcome, Tally()).images for outcome in OUTCOMES},
         )
 
 

@@ -106,6 +106,19 @@ class Settings(BaseSettings):
     archive_max_age_days: Annotated[float, Field(ge=0)] = Field(
         90.0, description="Archived images that were not seen for longer are removed; 0 keeps them."
     )
+    max_loaded_models: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Most models in memory, least recently used ones unloaded first; shadows and "
+        "the one being loaded come on top. 0: every active version and one more of each model.",
+    )
+    max_bundle_bytes: Annotated[int, Field(ge=1)] = Field(
+        2**30, description="Largest bundle that may be uploaded, packed or not; beyond it: 413."
+    )
+    load_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0,
+        description="Deadline of what loads a model (upload, load, activate, roll back, shadow); "
+        "beyond it: 504.",
+    )
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         "info", description="`debug`, `info`, `warning` or `error`."
     )

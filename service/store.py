@@ -5,10 +5,10 @@ are kept, not the pictures; of the highest scores the anomaly maps are, to be lo
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
@@ -25,6 +25,7 @@ from service.errors import (
     UnknownSample,
 )
 
+T = TypeVar("T")
 MAPS_KEPT = 32  # of a calibration: of its highest scores
 _INSERTED_TOGETHER = 500  # rows; databases limit a statement's parameters
 
@@ -537,10 +538,22 @@ def _standing(connection: sa.Connection, graph: Graph, profile: str) -> list[str
         .where(*_of(activations, graph), activations.c.profile == profile)
         .order_by(activations.c.id)
     )
-    stack: list[tuple[str | None, bool]] = [(None, False)]
-    for row in connection.execute(query):
-        if row.rolls_back:
+    changes = [
+        ((row.calibration, row.deleted is not None), bool(row.rolls_back))
+        for row in connection.execute(query)
+    ]
+    return [id for id, deleted in standing(changes, (None, False)) if not deleted]
+
+
+def standing(changes: Iterable[tuple[T, bool]], first: T) -> list[T]:
+    """What was put in force and not rolled back since, oldest first; `first` of all.
+
+    Of (what was put in force, whether that rolled back) in the order of the changes.
+    """
+    stack = [first]
+    for value, rolls_back in changes:
+        if rolls_back:
             stack.pop()
-        elif row.calibration != stack[-1][0]:
-            stack.append((row.calibration, row.deleted is not None))
-    return [id for id, deleted in stack if not deleted]
+        elif value != stack[-1]:
+            stack.append(value)
+    return stack

@@ -104,6 +104,17 @@ async def images(
         number += 1
 
 
+def bundle(request: Request) -> AsyncIterator[bytes]:
+    """The body, which is a zip; raises UnsupportedFormat where it says to be something else."""
+    content_type = _content_type(request)
+    if content_type not in ("application/zip", "application/x-zip-compressed"):
+        raise UnsupportedFormat(
+            f"Content-Type {content_type or '(none)'}: send the zipped bundle as a raw body with "
+            "Content-Type application/zip"
+        )
+    return request.stream()
+
+
 async def parts(
     request: Request, max_parts: int, max_part_bytes: int | None = None
 ) -> AsyncIterator[Part]:

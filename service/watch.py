@@ -19,7 +19,8 @@ from service.drift import RUN_LENGTH, DriftTest
 from service.errors import DatabaseAway
 from service.inspections import Filter, Inspections, Record, first_id
 from service.metrics import Metrics
-from service.registry import Model, Registry
+from service.model import Model
+from service.registry import Registry
 from service.store import Graph
 
 log = logging.getLogger(__name__)

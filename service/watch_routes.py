@@ -8,7 +8,8 @@ from fastapi import APIRouter, Path, Request
 from service.bundle import NAME_PATTERN
 from service.edge import Profile, StrictRoute, Version, caller, problems, within
 from service.errors import NothingWatched
-from service.registry import Model, Registry
+from service.model import Model
+from service.registry import Registry
 from service.schemas import DriftOut
 from service.settings import Settings
 from service.watch import Report, Watch

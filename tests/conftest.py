@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from service import devices
 from service.app import create_app
 from service.bundle import (
     Bundle,
+    Golden,
     Graph,
     HeldOutImage,
     Manifest,
@@ -94,13 +96,17 @@ class PostgreSql:
 
 
 def brightness_graph(
-    size: tuple[int, int] = SIZE, *, output: str = "anomaly_map", fragile: bool = False
+    size: tuple[int, int] = SIZE,
+    *,
+    output: str = "anomaly_map",
+    fragile: bool = False,
+    gain: float = 1.0,
 ) -> bytes:
-    """image uint8 (N, h, w, 3) -> mean of RGB / 255 and its maximum.
+    """image uint8 (N, h, w, 3) -> mean of RGB / 255 (times `gain`) and its maximum.
 
     A `fragile` graph raises in the runtime for a batch with a pure white first pixel.
     """
-    scale = numpy_helper.from_array(np.array(1 / 255, np.float32), "scale")
+    scale = numpy_helper.from_array(np.array(gain / 255, np.float32), "scale")
     channel = numpy_helper.from_array(np.array([3], np.int64), "channel")
     places = numpy_helper.from_array(np.array([1, 2], np.int64), "places")
     nodes = [
@@ -165,6 +171,7 @@ def manifest_of(
     scores: tuple[float, ...] = tuple(np.linspace(0.1, 0.3, 99)),
     size: tuple[int, int] = SIZE,
     digests: tuple[str, ...] | None = None,
+    golden: Golden | None = None,
 ) -> Manifest:
     digests = digests or tuple(f"{i:064x}" for i in range(len(scores)))
     return Manifest(
@@ -193,7 +200,18 @@ def manifest_of(
         ),
         training={"epochs": 1},
         metrics={"loss": 0.1},
+        golden=golden,
     )
+
+
+def golden_of(
+    brightness: float = 0.2, score: float | None = None, **more: object
+) -> tuple[Golden, bytes]:
+    """A flat golden picture, with the score that the brightness graph gives it unless told."""
+    pixels = picture(brightness)
+    data = encoded(pixels)
+    true = float(pixels.max()) / 255
+    return Golden(sha256=digest(data), score=true if score is None else score, **more), data
 
 
 @pytest.fixture
@@ -201,15 +219,63 @@ def write_bundle(tmp_path: Path) -> Callable[..., Bundle]:
     """Writes the brightness graph as a bundle below `tmp_path/models`."""
 
     def write(
-        name: str = "part", version: int = 1, graph: bytes | None = None, **manifest: object
+        name: str = "part",
+        version: int = 1,
+        graph: bytes | None = None,
+        golden: tuple[Golden, bytes] | None = None,
+        **manifest: object,
     ) -> Bundle:
         graph = graph or brightness_graph()
         folder = tmp_path / "models" / name / str(version)
+        if golden:
+            manifest["golden"] = golden[0]
         written = manifest_of(graph, name=name, version=version, **manifest)  # type: ignore[arg-type]
-        bundles.write(folder, written, graph)
+        bundles.write(folder, written, graph, golden[1] if golden else None)
         return Bundle(folder)
 
     return write
+
+
+class SlowDisk:
+    """A bundle whose graph can't be read to its end before the test says so."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._path = bundle.folder / "model.onnx"
+        self._graph = self._path.read_bytes()
+        self._path.unlink()
+        os.mkfifo(self._path)
+
+    def wait_for_reader(self) -> None:
+        """Until the graph is being loaded."""
+        self._pipe = self._path.open("wb")
+
+    def let_go(self) -> None:
+        with self._pipe:
+            self._pipe.write(self._graph)
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def bundle_files(
+    graph: bytes | None = None, golden: tuple[Golden, bytes] | None = None, **manifest: object
+) -> dict[str, bytes]:
+    """The files of a bundle, by name, as they would be zipped."""
+    graph = graph or brightness_graph()
+    written = manifest_of(graph, golden=golden[0] if golden else None, **manifest)  # type: ignore[arg-type]
+    files = {"manifest.json": written.model_dump_json().encode(), "model.onnx": graph}
+    return files | ({"golden.png": golden[1]} if golden else {})
+
+
+def upload(client: TestClient, data: bytes, **query: object):
+    """POST a zip to /v1/models."""
+    headers = {"Content-Type": "application/zip"}
+    return client.post("/v1/models", content=data, params=query, headers=headers)
 
 
 @pytest.fixture(scope="session")

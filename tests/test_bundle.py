@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import brightness_graph, manifest_of
+from conftest import brightness_graph, encoded, golden_of, manifest_of, picture
 
 from service import bundle as bundles
 from service.bundle import Bundle, HeldOutImage
 from service.errors import BundleError
+from service.image import digest
 
 Write = Callable[..., Bundle]
 
@@ -108,6 +109,77 @@ def test_a_bundle_from_before_precisions_computes_in_float32(write_bundle: Write
     assert Bundle(bundle.folder).manifest.graph.precision == "float32"
 
 
+def test_a_golden_picture_is_read_back_pixel_for_pixel(write_bundle: Write) -> None:
+    bundle = write_bundle(golden=golden_of(0.4))
+
+    pixels = bundle.golden_pixels()
+
+    assert pixels is not None and (pixels == picture(0.4)).all()
+    assert sorted(path.name for path in bundle.folder.iterdir()) == [
+        "golden.png",
+        "manifest.json",
+        "model.onnx",
+    ]
+
+
+def test_a_bundle_from_before_golden_pictures_has_none(write_bundle: Write) -> None:
+    bundle = write_bundle()
+    path = bundle.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["golden"]
+    path.write_text(json.dumps(manifest))
+
+    assert Bundle(bundle.folder).golden_pixels() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"no picture", "10 bytes are not an image"),
+        (encoded(picture(size=(32, 32))), r"\(32, 32\), the model's is \(64, 96\)"),
+    ],
+)
+def test_a_golden_picture_that_is_none_or_of_another_size_is_refused(
+    write_bundle: Write, data: bytes, says: str
+) -> None:
+    golden = golden_of()[0].model_copy(update={"sha256": digest(data)})
+
+    with pytest.raises(BundleError, match=f"golden.png: .*({says})"):
+        write_bundle(golden=(golden, data)).golden_pixels()
+
+
+def test_a_changed_or_missing_golden_picture_is_refused(write_bundle: Write) -> None:
+    bundle = write_bundle(golden=golden_of())
+    path = bundle.folder / "golden.png"
+    path.write_bytes(encoded(picture(0.3)))
+
+    with pytest.raises(BundleError, match=r"golden.png: SHA-256 is .*the manifest says"):
+        bundle.golden_pixels()
+    path.unlink()
+    with pytest.raises(BundleError, match="golden.png: No such file"):
+        bundle.golden_pixels()
+
+
+def test_what_is_staged_is_no_version_before_it_is_published(tmp_path: Path) -> None:
+    graph, target = brightness_graph(), tmp_path / "part" / "1"
+
+    staging = bundles.stage(target, manifest_of(graph), graph)
+    assert bundles.versions(tmp_path, "part") == [] and Bundle(staging).read_graph() == graph
+    bundles.publish(staging, target)
+
+    assert bundles.versions(tmp_path, "part") == [1]
+
+
+def test_of_two_who_write_the_same_version_the_second_is_refused(tmp_path: Path) -> None:
+    graph, target = brightness_graph(), tmp_path / "part" / "1"
+    first, second = (bundles.stage(target, manifest_of(graph), graph) for _ in range(2))
+
+    bundles.publish(first, target)
+
+    with pytest.raises(BundleError, match="never overwritten"):
+        bundles.publish(second, target)
+
+
 def test_versions_are_the_folders_named_as_integers(write_bundle: Write, tmp_path: Path) -> None:
     for version in (2, 10, 1):
         write_bundle(version=version)
@@ -145,4 +217,4 @@ def test_a_bundle_that_could_not_be_read_back_is_not_written(
     with pytest.raises(BundleError, match="manifest.json"):
         bundles.write(tmp_path / "part" / "2", manifest, bundle.read_graph())
 
-    assert bundles.versions(tmp_path, "part") == []
+    assert list((tmp_path / "part").iterdir()) == []

@@ -91,7 +91,8 @@ def test_the_graph_has_the_contracts_interface(bundle):
 
 def test_the_graph_is_one_file_of_standard_operators(bundle):
     model = onnx.load_model_from_string(bundle.read_graph())
-    assert sorted(p.name for p in bundle.folder.iterdir()) == ["manifest.json", "model.onnx"]
+    files = sorted(path.name for path in bundle.folder.iterdir())
+    assert files == ["golden.png", "manifest.json", "model.onnx"]
     assert all(t.data_location == TensorProto.DEFAULT for t in model.graph.initializer)
     operators = {node.op_type for node in model.graph.node}
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
@@ -313,6 +314,20 @@ def test_the_manifest_lists_the_held_out_images_with_scores_that_the_detector_gi
     assert bundle.manifest.data.trained == list(run.trained.values())
     assert len(bundle.manifest.data.trained) == 20
     assert bundle.manifest.data.fingerprint == run.data_fingerprint
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_the_golden_picture_is_a_typical_held_out_one_with_its_score(run, tmp_path, precision):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "checkpoint").symlink_to(run.settings.folder)
+    bundle = export(tmp_path, "part", precision=precision)
+
+    golden, pixels = bundle.manifest.golden, bundle.golden_pixels()
+    assert pixels.shape == (*IMAGE_SIZE, 3)
+    held_out = [held.score for held in bundle.manifest.data.held_out]
+    assert golden.score == sorted(held_out)[2]  # of 4
+    (found,) = Detector(bundle.read_graph(), IMAGE_SIZE, "cpu").run(pixels[None])
+    assert found.score == pytest.approx(golden.score, rel=golden.tolerance)
 
 
 def test_the_default_threshold_is_the_finest_that_four_images_allow(bundle):

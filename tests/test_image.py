@@ -277,6 +277,10 @@ def test_too_many_pixels_are_refused_before_decoding_at_reduced_scale() -> None:
         image.decode_to(encoded(SMOOTH, "JPEG"), (32, 32), max_pixels=100_000)
 
 
+def test_what_is_encoded_is_decoded_to_the_same_pixels() -> None:
+    assert np.array_equal(image.decode(image.encode(SMOOTH)), SMOOTH)
+
+
 def test_reading_a_file_is_decoding_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "part.png"
     path.write_bytes(encoded(GRADIENT))

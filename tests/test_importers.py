@@ -620,6 +620,8 @@ def test_the_command_line_imports_with_a_threshold_from_normal_pictures(rd4ad, t
     for held_out in manifest.data.held_out:
         pixels = image.resize(image.read(tmp_path / "normals" / held_out.file), SIZE)
         assert held_out.score == pytest.approx(rd4ad.anomaly_map(pixels).max(), abs=1e-4)
+    golden = rd4ad.anomaly_map(bundle.golden_pixels()).max()
+    assert manifest.golden.score == pytest.approx(golden, abs=1e-4)
     assert bundle.default_calibration().threshold == pytest.approx(
         max(h.score for h in manifest.data.held_out), rel=1e-4
     )
@@ -640,6 +642,7 @@ def test_without_normal_pictures_there_is_no_threshold_and_rounding_is_still_mea
 
     bundle = Bundle(tmp_path / "part" / "1")
     assert bundle.default_calibration() is None and bundle.manifest.data.held_out == []
+    assert bundle.manifest.golden is None
     assert 0 < bundle.manifest.graph.weight_rounding < 2e-2
     assert len(bundle.read_graph()) < 40e6
 

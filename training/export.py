@@ -20,6 +20,7 @@ from service import image
 from service.bundle import (
     NAME_PATTERN,
     Bundle,
+    Golden,
     Graph,
     HeldOutImage,
     Manifest,
@@ -151,7 +152,8 @@ def write_bundle(
 ) -> Bundle:
     """Make the graph, check it, score the held-out images and write the bundle.
 
-    `held_out` maps names to SHA-256, `pixels` are the same images, uint8 (N, H, W, 3), N from 0 on.
+    `held_out` maps names to SHA-256, `pixels` are the same images, uint8 (N, H, W, 3), N from 0 on;
+    the one with the median score becomes the golden picture, by which a service checks itself.
     Raises TrainingError where the graph's answers differ from the network's by more than
     PARITY_LIMIT, or float16 changes scores by more than ROUNDING_LIMIT or can't hold the numbers.
     """
@@ -168,6 +170,7 @@ def write_bundle(
     scores, rounding = score(Detector(exact, image_size, "cpu"), probes), 0.0
     if graph is not exact:
         scores, rounding = _rounded(as_computed, scores, probes)
+    golden, picture = _golden(scores[: len(pixels)], pixels)
     manifest = Manifest(
         name=target.parent.name,
         version=int(target.name),
@@ -195,9 +198,19 @@ def write_bundle(
         ),
         training=origin.training,
         metrics=origin.metrics,
+        golden=golden,
     )
-    bundles.write(target, manifest, graph)
+    bundles.write(target, manifest, graph, picture)
     return Bundle(target)
+
+
+def _golden(scores: np.ndarray, pixels: np.ndarray) -> tuple[Golden | None, bytes | None]:
+    """The picture (of (N, H, W, 3)) with the median of `scores` (N,), as PNG; none of none."""
+    if not len(scores):
+        return None, None
+    typical = int(np.argsort(scores)[len(scores) // 2])
+    picture = image.encode(pixels[typical])
+    return Golden(sha256=image.digest(picture), score=float(scores[typical])), picture
 
 
 def load_scorer(run: Checkpoint, folder: Path) -> Scorer:
