@@ -532,7 +532,7 @@ class Registry:
         del self._loads[key]
         error = None if load.cancelled() else load.exception()
         if error is not None and not isinstance(error, UnknownModel):
-            log.error("%s version %d can't be loaded: %s", *key, error)
+            log.error("%s version %d can't be loaded: %s", *key, str(error))  # without its frames
 
     async def _load(self, key: Key) -> Model:
         name, version = key
