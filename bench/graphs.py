@@ -151,11 +151,12 @@ def write(folder: Path, *, wide: bool = False) -> list[Bundle]:
 
 
 def copied(bundle: Bundle, target: Path) -> Path:
-    """The bundle under the name that `target` asks for, in place of one with another graph."""
+    """The bundle under the name and version that `target` says, in place of another graph."""
     if target.exists() and Bundle(target).digest != bundle.digest:
         shutil.rmtree(target)
     if not target.exists():
-        manifest = bundle.manifest.model_copy(update={"name": target.parent.name})
+        said = {"name": target.parent.name, "version": int(target.name)}
+        manifest = bundle.manifest.model_copy(update=said)
         bundles.write(target, manifest, bundle.read_graph(), bundle.read_golden())
     return target
 

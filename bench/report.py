@@ -4,6 +4,7 @@ A ratio is formed within a round, from rows that differ in nothing but the serve
 median over rounds, the least and the most.
 """
 
+import math
 import operator
 import statistics
 from collections.abc import Callable, Sequence
@@ -80,13 +81,15 @@ class Goal:
 def brief(row: Row) -> str:
     """A row as one line for who waits."""
     cell = [str(row[key]) for key in ("part", "server", "graph", "render", "loop") if key in row]
-    for key in ("round", "clients", "side", "batch", "models"):
+    for key in ("round", "clients", "side", "batch", "models", "swapping"):
         cell += [f"{key} {row[key]}"] if key in row else []
     said = []
     if "images_per_s" in row:
         said.append(f"{row['images_per_s']:.1f} images/s")
     if row.get("p50_ms") is not None:
         said.append(f"p50 {row['p50_ms']:.1f}, p95 {row['p95_ms']:.1f} ms")
+    if row.get("swaps"):
+        said.append(f"p99 {row['p99_ms'] or math.nan:.1f} ms through {row['swaps']} swaps")
     if row.get("errors"):
         said.append(f"errors {row['errors']}")
     if "ready_s" in row:
@@ -191,6 +194,11 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             at_most=1.05,
         ),
         *(_trace_goal(rows, graph) for graph in ("light", "resnet18")),
+        *(
+            Goal(f"{graph}: p99 while versions are swapped over that without", found, at_most=2.0)
+            for graph in ("light", "resnet18")
+            if (found := _swapping(rows, graph))
+        ),
     ]
 
 
@@ -214,6 +222,18 @@ def _growth(rows: Sequence[Row]) -> Found | None:
     failed = sum(not {"200"} <= row["statuses"].keys() <= {"200", "400"} for row in memory)
     grown = [row["resident_mb"][-1] / row["resident_mb"][0] for row in memory]
     return Found(grown, failed) if memory else None
+
+
+def _swapping(rows: Sequence[Row], graph: str) -> Found | None:
+    """p99 through swaps over that of the same load without, in each round."""
+    usual, swapped = (
+        by_round(rows, "swap", "p99_ms", graph=graph, swapping=swapping)
+        for swapping in (False, True)
+    )
+    asked = _with(rows, part="swap", graph=graph)
+    failed = sum(bool(row["errors"]) or not row["answered"] for row in asked)
+    found = [value / usual[number] for number, value in swapped.items() if number in usual]
+    return Found(found, failed) if found or failed else None
 
 
 def _engine_goals(rows: Sequence[Row], ours: str, graph: str) -> list[Goal]:
@@ -247,6 +267,7 @@ def markdown(rows: Sequence[Row]) -> str:
             _load_table(rows),
             _scaling_table(rows),
             _trace_table(rows),
+            _swap_table(rows),
             _anomalib_table(rows),
         ]
     )
@@ -338,6 +359,22 @@ def _trace_table(rows: Sequence[Row]) -> str:
     ]
     head = ["graph", "server", "images/s", "p50 ms", "p99 ms", "generator, cores"]
     return _table([*head, "server, cores", "server, MB", "again"], body)
+
+
+def _swap_table(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"{row['graph']}, round {row['round']}",
+            str(row["swaps"]),
+            *(_figure([row], key) for key in (*LATENCIES, "server_mb")),
+            str(sum(row["errors"].values())),
+            f"`{row['command']}`",
+        ]
+        for row in rows
+        if row["part"] == "swap"
+    ]
+    head = ["versions swapped", "swaps", "images/s", "p50 ms", "p95 ms", "p99 ms", "server, MB"]
+    return _table([*head, "errors", "again"], body)
 
 
 def _anomalib_table(rows: Sequence[Row]) -> str:

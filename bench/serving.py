@@ -9,6 +9,7 @@
     batch       with the largest batch that is allowed,
     models      and with the number of models that are loaded
     trace     recording every inspection, beside not recording any
+    swap      one version replacing the other without a pause, beside the same load without
     anomalib  its inferencers, from file to score, beside our service
 
 Servers take turns at each load, the others paused, so that each has the machine to itself but for
@@ -22,11 +23,13 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from service.bundle import Bundle
 from service.detector import Detector
 
 FOLDER = Path("runs/bench")
-PARTS = ("load", "memory", "size", "batch", "models", "trace", "anomalib")
+PARTS = ("load", "memory", "size", "batch", "models", "trace", "swap", "anomalib")
 GRAPHS = ("light", "resnet18", "wide-resnet50")
 RENDERS = ("none", "heatmap")
 ENGINE = "engine"
@@ -203,6 +206,20 @@ class Bench:
                         cell = {"server": name, "graph": graph, "round": number, "clients": MOST}
                         self._add("trace", cell, found)
 
+    def _swap(self) -> None:
+        for graph in self.plan.graphs:
+            folder, name = self.plan.folder / "models-swap", f"{graph}-swapped"
+            for version in ("1", "2"):
+                graphs.copied(self.bundles[graph], folder / graph / name / version)
+            with self._serving(KINDS["ours"], Bundle(folder / graph / name / "1")) as server:
+                for number in range(self.plan.rounds):
+                    for swapping in (True, False) if number % 2 else (False, True):
+                        cell = {"server": "ours", "graph": graph, "round": number}
+                        cell |= {"swapping": swapping, "clients": FEW}
+                        with swaps(server, name) if swapping else contextlib.nullcontext() as done:
+                            found = self._ask(server, graph, "none", FEW)
+                        self._add("swap", cell, found | {"swaps": len(done or ())})
+
     def _anomalib(self) -> None:
         python = ENVIRONMENTS / "anomalib" / "bin" / "python"
         if not python.exists():
@@ -268,12 +285,37 @@ class Bench:
         print(report.brief(row), flush=True)
 
 
+@contextlib.contextmanager
+def swaps(server: Server, name: str) -> Iterator[list[float]]:
+    """Lets the other version of a model serve, again and again; seconds that each time took."""
+    taken: list[float] = []
+    over = threading.Event()
+
+    def swap_on() -> None:
+        for version in cycle("21"):
+            began = time.perf_counter()
+            address = f"http://127.0.0.1:{server.port}/v1/models/{name}/versions/{version}/activate"
+            with urllib.request.urlopen(urllib.request.Request(address, method="POST")):
+                taken.append(time.perf_counter() - began)
+            if over.is_set():
+                return
+
+    thread = threading.Thread(target=swap_on)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        server.resume()  # it was paused when it had been asked
+        thread.join()
+
+
 def command_of(part: str, cell: Row) -> str:
     """What measures this row again (a start is measured with whatever it is started for)."""
     words = ["python -m bench.serving", "--part", "load" if part == "start" else part]
     if part in ("load", "start"):
         words += ["--only", cell["server"], "--graph", cell["graph"]]
-    if part == "trace":
+    if part in ("trace", "swap"):
         words += ["--graph", cell["graph"]]
     if part == "load":
         words += ["--render", cell["render"], "--clients", str(cell["clients"])]

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from service import memory
 from service.batcher import Batcher
 from service.bundle import Bundle
 from service.detector import Detector
@@ -75,6 +76,8 @@ class Loader:
         except ServiceError:
             self._metrics.model_load_failures.inc()
             raise
+        finally:
+            memory.trim()  # what making a session took
         seconds = time.perf_counter() - started
         self._metrics.model_load.observe(seconds)
         log.info(
@@ -141,6 +144,7 @@ class Loader:
 
     def _drop(self, detector: list[Detector]) -> None:
         detector.clear()
+        memory.trim()
         self._notify()
 
     def _notify(self) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from service import bundle as bundles
 from service.bundle import Bundle, Manifest
@@ -37,6 +38,8 @@ from service.shadow import Shadow
 from service.store import Graph, Store
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,6 @@ class Registry:
     def loaded(self) -> list[Model]:
         return self._residents.all()
 
-    def active(self, name: str) -> Graph | None:
-        """What serves where a request names no version."""
-        return self._active.get(name)
-
     def refusals(self, name: str) -> list[str]:
         """Why something else serves, or is tried beside it, than the database wants."""
         found = (self._refused.reason(name), self._refused_shadows.reason(name))
@@ -114,7 +113,7 @@ class Registry:
                 raise NotReady(self._refused.reason(name) or f"{name} is not served")
 
     def _check_any(self) -> None:
-        if not self.names():
+        if not self._active and not self._refused:
             raise NotReady(f"no model: there is no bundle in {self._settings.models}")
 
     def serves(self, model: Model) -> bool:
@@ -248,7 +247,7 @@ class Registry:
         changes.
         """
         with self._roll_out(name):
-            model = await self.get(name, version)
+            model = await self._had(name, version)
             serving = self._active.get(name)
             pinned = await asyncio.to_thread(self._pinned, serving)
             write = partial(self._rollouts.activate, model.graph, by=by, serving=pinned)
@@ -263,10 +262,17 @@ class Registry:
         await self._check_name(name)
         with self._roll_out(name):
             to = await asyncio.to_thread(self._rollouts.previous, name)
-            model = await self.get(name, to.version, to.digest)
+            model = await self._had(name, to.version, to.digest)
             serving = self._active.get(name)
             await self._change(model, partial(self._rollouts.roll_back, to, by=by))
         return model, serving
+
+    async def _had(self, name: str, version: int, digest: str | None = None) -> Model:
+        """A version that every start would find as it is; raises as `get`."""
+        model = await self.get(name, version, digest)
+        if reason := await asyncio.to_thread(self._lacks, model.graph):  # changed since it loaded
+            raise DigestMismatch(reason)
+        return model
 
     def _pinned(self, serving: Graph | None) -> Graph | None:
         """With its digest, which a graph that was only found on disk has not; None: damaged."""
@@ -396,7 +402,7 @@ class Registry:
         threshold to decide by.
         """
         with self._roll_out(name):
-            model = await self.get(name, version)
+            model = await self._had(name, version)
             if self._serves(name, version):
                 raise ModelInUse(f"{name} version {version} is active: nothing to compare it with")
             if model.calibration is None:
@@ -467,10 +473,6 @@ class Registry:
 
     # What is in memory
 
-    async def load(self, name: str, version: int) -> Model:
-        """A version in memory, whoever asks for it. Raises as `get`."""
-        return await self.get(name, version)
-
     async def unload(self, name: str, version: int) -> None:
         """Free a version once it has answered what it began; it is loaded anew when asked for.
 
@@ -505,7 +507,7 @@ class Registry:
         try:
             yield
         finally:
-            self._rolling_out[name] -= 1
+            _count_down(self._rolling_out, name)
             self._trim()
 
     async def _loaded(self, key: Key) -> Model:
@@ -530,20 +532,21 @@ class Registry:
         except ServiceError as error:  # one for each: a shared one would gather all tracebacks
             raise type(error)(*error.args) from None
         finally:
-            self._waiting_for[key] -= 1
+            _count_down(self._waiting_for, key)
             del load  # which has the error, whose traceback has this frame
 
     def _loaded_now(self, key: Key, load: "asyncio.Task[Model]") -> None:
         del self._loads[key]
         error = None if load.cancelled() else load.exception()
         if error is not None and not isinstance(error, UnknownModel):
-            log.error("%s version %d can't be loaded: %s", *key, error)
+            log.error("%s version %d can't be loaded: %s", *key, str(error))  # without its frames
 
     async def _load(self, key: Key) -> Model:
         name, version = key
         if version not in await asyncio.to_thread(self.versions, name):
             raise self._no_version(name, version)
         async with self._loading:
+            await asyncio.to_thread(self._store.stamp)  # away: it would be loaded for nothing
             model = await self._load_beside(*self._asked(name, version))
             model.calibrations = await asyncio.to_thread(self._in_force, model)
             self._keep(model)
@@ -588,9 +591,7 @@ class Registry:
     def _kept(self) -> set[Key]:
         """What is never unloaded to make room."""
         return self._tried() | {
-            (name, self._active[name].version)
-            for name, count in self._rolling_out.items()
-            if count and name in self._active
+            (name, self._active[name].version) for name in self._rolling_out if name in self._active
         }
 
     def _drop(self, key: Key) -> None:
@@ -689,6 +690,13 @@ class Registry:
         for name in list(self._shadows):
             await self._end_shadow(name)
         self._loader.close()
+
+
+def _count_down(counter: Counter[T], key: T) -> None:
+    """Without a trace of what is no longer counted: callers may name anything."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 def _told(error: Exception) -> str:

@@ -93,7 +93,7 @@ class Shadow:
         except Overloaded:
             self._count("dropped")
         except Exception as error:  # whatever it is, inspections go on
-            log.warning("%s version %d as a shadow: %r", *self.model.key, error)
+            log.warning("%s version %d as a shadow: %s", *self.model.key, repr(error))
             self._count("failed")
 
     def _prepare(self, seen: Seen) -> _Prepared:

@@ -101,10 +101,12 @@ def brightness_graph(
     output: str = "anomaly_map",
     fragile: bool = False,
     gain: float = 1.0,
+    zeros: int = 255,
 ) -> bytes:
     """image uint8 (N, h, w, 3) -> mean of RGB / 255 (times `gain`) and its maximum.
 
-    A `fragile` graph raises in the runtime for a batch with a pure white first pixel.
+    A `fragile` graph raises in the runtime for a batch with a pure white first pixel, which it
+    looks up among `zeros`; more of them make it a large one that doesn't.
     """
     scale = numpy_helper.from_array(np.array(gain / 255, np.float32), "scale")
     channel = numpy_helper.from_array(np.array([3], np.int64), "channel")
@@ -119,7 +121,7 @@ def brightness_graph(
     if fragile:
         nodes += _trap()
         constants += [
-            numpy_helper.from_array(np.zeros(255, np.float32), "zeros"),
+            numpy_helper.from_array(np.zeros(zeros, np.float32), "zeros"),
             numpy_helper.from_array(np.zeros(1, np.int64), "corner_start"),
             numpy_helper.from_array(np.ones(1, np.int64), "corner_end"),
         ]
@@ -141,7 +143,7 @@ def brightness_graph(
 
 
 def _trap() -> list[onnx.NodeProto]:
-    """Looks the red value of each first pixel up in a table of 255 zeros: 255 is out of bounds."""
+    """Looks the red value of each first pixel up in a table of zeros: 255 of them lack the last."""
     corner = ["image"]
     nodes = []
     for axis in (1, 2, 3):

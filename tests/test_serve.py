@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -14,8 +16,18 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from conftest import encoded, normal_pictures, picture, spotted
+from conftest import (
+    PostgreSql,
+    SlowDisk,
+    brightness_graph,
+    encoded,
+    golden_of,
+    normal_pictures,
+    picture,
+    spotted,
+)
 
+from bench.processes import resident_mb
 from service.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
@@ -378,6 +390,149 @@ def test_a_port_that_is_taken_stops_the_start_with_its_number(
     assert result.returncode == 1
     assert str(server.port) in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# Versions
+
+
+def activate(server: Server, version: int) -> httpx2.Response:
+    return server.client.post(f"/v1/models/part/versions/{version}/activate")
+
+
+def version_of(answer: httpx2.Response) -> int:
+    return int(answer.json()["model"]["version"])
+
+
+def write_large_versions(write_bundle: Write) -> None:
+    """Versions 2 and 3 with 16 MB of weights each."""
+    for version, gain in ((2, 0.5), (3, 0.25)):
+        graph = brightness_graph(fragile=True, zeros=4_000_000, gain=gain)
+        golden = golden_of(0.4, gain * 102 / 255)
+        write_bundle(version=version, graph=graph, golden=golden)
+
+
+def test_fifty_swaps_under_load_lose_no_request_and_leave_memory_flat(
+    serve: Callable[..., Server], write_bundle: Write
+) -> None:
+    server = serve(request_timeout_s="60")
+    write_large_versions(write_bundle)
+    data, over = encoded(picture()), threading.Event()
+    answers: list[tuple[int, int]] = []
+
+    def ask_on() -> None:
+        with httpx2.Client(base_url=server.client.base_url, timeout=60) as client:
+            while not over.is_set():
+                answer = client.post("/v1/inspect?render=none", content=data)
+                answers.append((answer.status_code, version_of(answer)))
+
+    clients = [threading.Thread(target=ask_on) for _ in range(4)]
+    for client in clients:
+        client.start()
+    wait_for(lambda: bool(answers), "no answer")
+    resident = []
+    for number in range(60):
+        assert version_of(activate(server, 2 + number % 2)) == 2 + number % 2
+        resident.append(resident_mb(server.process.pid))
+    over.set()
+    for client in clients:
+        client.join(60)
+
+    assert {status for status, _ in answers} == {200}
+    assert {version for _, version in answers} == {1, 2, 3}
+    assert statistics.median(resident[-5:]) <= 1.05 * statistics.median(resident[5:15])
+    assert server.metric("skrd4ad_model_load_seconds_count") == 61
+
+
+def test_a_version_answers_what_it_began_after_it_was_replaced(
+    serve: Callable[..., Server], write_bundle: Write
+) -> None:
+    server = serve()
+    write_bundle(version=2)
+    data = encoded(picture())
+    head = f"POST /v1/inspect HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + data[:10])
+        in_progress = "skrd4ad_inspections_in_progress"
+        wait_for(lambda: server.metric(in_progress) == 1, "the place was never taken")
+
+        activate(server, 2)
+        assert version_of(server.inspect(data)) == 2
+        connection.sendall(data[10:])
+        answer = received(connection)
+
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["model"]["version"] == 1
+
+
+def test_replicas_agree_on_what_is_active_and_count_a_shadow_together(
+    serve: Callable[..., Server], write_bundle: Write, postgresql: PostgreSql
+) -> None:
+    shared = {"database_url": postgresql.new_database(), "sync_interval_s": "0.1"}
+    first, second = serve(**shared), serve(**shared)
+    write_bundle(version=2, graph=brightness_graph(gain=0.5))
+    write_bundle(version=3, graph=brightness_graph(gain=2))
+    data = encoded(picture(0.2))
+
+    activate(first, 2)
+    wait_for(lambda: version_of(second.inspect(data)) == 2, "not taken up")
+    activate(second, 3)
+    wait_for(lambda: version_of(first.inspect(data)) == 3, "not taken up")
+    assert first.client.post("/v1/models/part/roll-back").json()["model"]["version"] == 2
+    wait_for(lambda: version_of(second.inspect(data)) == 2, "not rolled back")
+
+    first.client.put("/v1/models/part/shadow?version=3")
+    tried = "/v1/models/part"
+    wait_for(lambda: second.client.get(tried).json()["shadow"] == 3, "no shadow taken up")
+    for server in (first, second):
+        server.inspect(data)
+    changed = "normal_to_anomalous"
+    for server in (first, second):
+        shadow = f"{tried}/shadow"
+        wait_for(lambda s=server, u=shadow: s.client.get(u).json()[changed] == 2, "not added up")
+
+
+def test_a_replica_without_the_bundle_serves_on_and_says_so_until_it_has_it(
+    serve: Callable[..., Server], write_bundle: Write, postgresql: PostgreSql, tmp_path: Path
+) -> None:
+    shared = {"database_url": postgresql.new_database(), "sync_interval_s": "0.1"}
+    here = serve(**shared)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "models", elsewhere / "models")
+    bundle = write_bundle(version=2)
+    there = Server(elsewhere, **shared).wait_until_ready()
+    try:
+        activate(here, 2)
+        model = "/v1/models/part"
+        wait_for(lambda: bool(there.client.get(model).json()["problems"]), "no problem told")
+        (problem,) = there.client.get(model).json()["problems"]
+        assert "version 2" in problem and bundle.digest in problem
+        assert version_of(there.inspect(encoded(picture()))) == 1
+        assert there.client.get("/readyz").status_code == 200
+
+        shutil.copytree(bundle.folder, elsewhere / "models" / "part" / "2")
+        wait_for(lambda: version_of(there.inspect(encoded(picture()))) == 2, "not taken up")
+        assert there.client.get(model).json()["problems"] == []
+    finally:
+        there.stop(signal.SIGKILL)
+
+
+def test_sigterm_while_a_model_loads_still_answers_and_exits_cleanly(
+    serve: Callable[..., Server], write_bundle: Write
+) -> None:
+    server = serve()
+    slow = SlowDisk(write_bundle(version=2))
+    statuses: list[int] = []
+    waiting = threading.Thread(target=lambda: statuses.append(activate(server, 2).status_code))
+    waiting.start()
+    slow.wait_for_reader()
+
+    server.process.send_signal(signal.SIGTERM)
+    slow.let_go()
+    waiting.join(60)
+
+    assert statuses == [200]
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 LARGE_BUFFERS = """
