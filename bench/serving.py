@@ -204,7 +204,7 @@ class Bench:
                     for name in sorted(servers, reverse=number % 2 == 0):
                         found = self._ask(servers[name], graph, "none", MOST)
                         cell = {"server": name, "graph": graph, "round": number, "clients": MOST}
-                        self._add("trace", cell, found)
+                        self._add("trace", cell, found | {"core_ms": core_ms(found)})
 
     def _swap(self) -> None:
         for graph in self.plan.graphs:
@@ -308,6 +308,13 @@ def swaps(server: Server, name: str) -> Iterator[list[float]]:
         over.set()
         server.resume()  # it was paused when it had been asked
         thread.join()
+
+
+def core_ms(found: Row) -> float | None:
+    """Processor time of the server for an image, which other work on the machine hardly changes."""
+    if not found["answered"]:
+        return None
+    return float(1e3 * found["server_cores"] * found["seconds"] / found["answered"])
 
 
 def command_of(part: str, cell: Row) -> str:

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     )
     database_url: str = Field(
         "sqlite:///state/skrd4ad.sqlite",
-        description="Where calibrations are kept: `sqlite:///file`, or "
+        description="Where calibrations and inspections are kept: `sqlite:///file`, or "
         "`postgresql://user:password@host/name`, which several services may share.",
     )
     sync_interval_s: Annotated[float, Field(gt=0, le=60)] = Field(

@@ -1,5 +1,6 @@
 """The recorder: batches off the request path, whatever the database does meanwhile."""
 
+import re
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +10,7 @@ import sqlalchemy as sa
 from conftest import PostgreSql, encoded, picture
 from test_serve import wait_for
 
+from service import image_archive, retention
 from service import trace as trace_module
 from service.database import Database
 from service.errors import DatabaseAway
@@ -155,6 +157,14 @@ def test_every_inspection_is_written_or_counted_while_both_sides_are_busy(
 
     lost = dropped(metrics, "full")
     assert lost is not None and written(metrics) == 3000 - lost == len(recorded(table))
+
+
+def test_the_container_leaves_time_to_write_all_after_the_last_answer() -> None:
+    compose = (Path(__file__).parent.parent / "docker-compose.yml").read_text()
+    (grace_s,) = re.findall(r"stop_grace_period: (\d+)s", compose)
+
+    writing_s = trace_module.FLUSH_S + image_archive.CLOSE_S + retention.CLOSE_S
+    assert Settings().request_timeout_s + writing_s < float(grace_s)
 
 
 # A database that refuses
