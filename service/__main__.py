@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import gc
 import logging
+import math
 import os
 import resource
 import signal
@@ -72,6 +73,7 @@ def _serve(settings: Settings) -> int:
         log_config=None,
         access_log=False,  # `middleware` writes one line for each request, with its id
         server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s),
     )
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d (API at /docs)", host, port)

@@ -1,9 +1,8 @@
 """Drift alarms and who took them back: kept, so that all services tell the same after a restart."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -35,53 +34,83 @@ class Alarms:
 
     def last(self, graph: Graph) -> dict[tuple[str, str], DriftEvent]:
         """The last event of each profile and calibration of a graph."""
-        c = drift_events.c
-        newest = sa.select(sa.func.max(c.id)).where(*_of(graph)).group_by(c.profile, c.calibration)
-        return {
-            (event.profile, event.calibration): event
-            for event in self._read(sa.select(drift_events).where(c.id.in_(newest)))
-        }
+        with self._database.read() as connection:
+            return self._last(connection, graph)
 
-    def add(
+    def raise_alarm(
         self,
-        kind: Kind,
+        graph: Graph,
+        profile: str,
+        calibration: str,
+        *,
+        since: datetime | None,
+        images: int,
+        statistic: float,
+    ) -> DriftEvent | None:
+        """The alarm of a test that began at the reset of `since`, raised by this service or another
+        one before it; None where the test was reset meanwhile."""
+        with self._database.write() as connection:
+            if connection.dialect.name == "postgresql":  # a writer of SQLite is alone
+                connection.execute(sa.text("LOCK TABLE drift_events IN SHARE ROW EXCLUSIVE MODE"))
+            last = self._last(connection, graph).get((profile, calibration))
+            if last and last.kind == "alarm":
+                return last
+            if (last.at if last else None) != since:
+                return None
+            event = DriftEvent(
+                datetime.now(UTC), "", graph, profile, calibration, "alarm", images, statistic
+            )
+            _insert(connection, event)
+        return event
+
+    def reset(
+        self,
         graph: Graph,
         profile: str,
         calibration: str,
         *,
         images: int,
         statistic: float,
-        by: str = "",
+        by: str,
     ) -> DriftEvent:
         event = DriftEvent(
-            datetime.now(UTC), by, graph, profile, calibration, kind, images, statistic
+            datetime.now(UTC), by, graph, profile, calibration, "reset", images, statistic
         )
-        row = vars(event) | vars(graph)
-        del row["graph"]
         with self._database.write() as connection:
-            connection.execute(drift_events.insert().values(**row))
+            _insert(connection, event)
         return event
 
     def history(self, graph: Graph, limit: int = 100) -> list[DriftEvent]:
         """Newest first."""
         query = sa.select(drift_events).where(*_of(graph))
-        return list(self._read(query.order_by(drift_events.c.id.desc()).limit(limit)))
-
-    def _read(self, query: sa.Select[tuple[object, ...]]) -> Sequence[DriftEvent]:
+        query = query.order_by(drift_events.c.id.desc()).limit(limit)
         with self._database.read() as connection:
-            return [
-                DriftEvent(
-                    at=row.at,
-                    by=row.by,
-                    graph=Graph(row.model, row.version, row.digest),
-                    profile=row.profile,
-                    calibration=row.calibration,
-                    kind=row.kind,
-                    images=row.images,
-                    statistic=row.statistic,
-                )
-                for row in connection.execute(query)
-            ]
+            return [_event(row) for row in connection.execute(query)]
+
+    def _last(self, connection: sa.Connection, graph: Graph) -> dict[tuple[str, str], DriftEvent]:
+        c = drift_events.c
+        newest = sa.select(sa.func.max(c.id)).where(*_of(graph)).group_by(c.profile, c.calibration)
+        rows = connection.execute(sa.select(drift_events).where(c.id.in_(newest)))
+        return {(row.profile, row.calibration): _event(row) for row in rows}
+
+
+def _insert(connection: sa.Connection, event: DriftEvent) -> None:
+    row = vars(event) | vars(event.graph)
+    del row["graph"]
+    connection.execute(drift_events.insert().values(**row))
+
+
+def _event(row: Any) -> DriftEvent:
+    return DriftEvent(
+        at=row.at,
+        by=row.by,
+        graph=Graph(row.model, row.version, row.digest),
+        profile=row.profile,
+        calibration=row.calibration,
+        kind=row.kind,
+        images=row.images,
+        statistic=row.statistic,
+    )
 
 
 def _of(graph: Graph) -> list[sa.ColumnElement[bool]]:

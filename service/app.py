@@ -54,6 +54,7 @@ from service.store import Store
 from service.trace import Trace
 from service.watch import Watch
 
+FOLLOW_S = 5.0  # for a question to the database that is under way when the service stops
 _IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
 INSPECT_BODY = {
     "required": True,
@@ -102,7 +103,8 @@ def create_app(settings: Settings) -> FastAPI:
             thread.start()
         yield
         stop.set()
-        await asyncio.gather(*following)
+        # A database that hangs keeps a thread; what was inspected must be written all the same.
+        await asyncio.wait(following, timeout=FOLLOW_S)
         await registry.close()
         workers.shutdown()
         # The trace after the archive, as it tells which images could be written.

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import IO, cast
+from typing import IO, Self, cast
 
 from stream_unzip import NO_ENCRYPTION, UnzipError, stream_unzip
 
@@ -108,7 +108,7 @@ def _unzip(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
 def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
     stream = _Stream(chunks)
     try:
-        with tarfile.open(mode="r|", fileobj=cast(IO[bytes], stream)) as archive:
+        with tarfile.open(mode="r|", fileobj=cast(IO[bytes], stream), tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 if member.isreg():
                     _check_size(member.name, member.size, limit)
@@ -118,8 +118,21 @@ def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
                     yield member.name, content.read()
                 stream.allow(0)
                 archive.members = []  # type: ignore[attr-defined]  # for random access, which a stream doesn't have
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, RecursionError) as error:
         raise InvalidArchive(f"neither a zip nor a tar that can be read: {_told(error)}") from error
+
+
+class _Header(tarfile.TarInfo):
+    """One that is damaged ends the archive with an error, not as if nothing more came."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise InvalidArchive(f"a header of the tar is damaged: {error}") from error
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -89,7 +89,8 @@ class Calibration:
     def above(self) -> int:
         """How many of the samples the threshold leaves above: those that it was not put upon."""
         if self.confidence is not None:
-            return _most_above(self.samples, self.target_fpr, 1 - self.confidence)
+            above = _most_above(self.samples, self.target_fpr, 1 - self.confidence)
+            return min(above, self.samples - 1)
         allowed = math.floor(self.target_fpr * (len(self.scores) + 1) + 1e-9) - 1
         return min(allowed, len(self.scores) - 1)
 
@@ -131,7 +132,7 @@ def check_samples(
     if confidence is not None:
         asked += f" with confidence {confidence:g}"
     finest = finest_fpr(samples, confidence) if samples else 1.0
-    hint = f"with {samples} the finest rate is {finest:.4g}" if samples else "there is none"
+    hint = f"with {samples} the finest rate is {finest:.4g}" if samples else "send some first"
     raise TooFewSamples(
         f"{asked} needs at least {needed} normal samples, got {samples}{more}; {hint}",
         samples=samples,

@@ -49,11 +49,11 @@ SAMPLES_BODY = {
 
 Id = Annotated[str, Path(pattern="^[a-z0-9_]{1,64}$")]
 Sha256 = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
-TargetFpr = Annotated[float, Query(gt=0, lt=1, description="the false-positive rate to promise")]
+TargetFpr = Annotated[float, Query(ge=1e-6, lt=1, description="the false-positive rate to promise")]
 Confidence = Annotated[
     float | None,
     Query(
-        gt=0,
+        ge=0.5,
         lt=1,
         description="keep the rate with this probability over calibrations, not only on average; "
         "needs more samples",

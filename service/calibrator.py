@@ -152,7 +152,7 @@ class Calibrator:
         check_open(stored)
         model = await self._model(stored.graph)
         known = await asyncio.to_thread(self._store.digests, id)
-        highest = await asyncio.to_thread(self._store.samples, id, MAPS_KEPT)
+        highest = await asyncio.to_thread(self._store.samples, id, MAPS_KEPT, excluded=False)
         scored, limit = Scored(), self._settings.max_calibration_samples
 
         async def keep(part: Scored) -> None:
@@ -250,7 +250,7 @@ class Calibrator:
             counts=self._store.counts(id),
             engines=self._store.engines(id),
             tail=kept or contamination.examine(self._store.scores(id)),
-            highest=self._store.samples(id, HIGHEST),
+            highest=self._store.samples(id, HIGHEST, excluded=False),
         )
 
     async def _threshold(self, stored: StoredCalibration) -> float:

@@ -310,6 +310,7 @@ class Database:
 
     def _migrate(self, connection: sa.Connection) -> None:
         if connection.dialect.name == "postgresql":  # replicas that start together take turns
+            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         if not sa.inspect(connection).get_table_names():
             log.warning(
@@ -339,6 +340,11 @@ def _parsed(url: str) -> sa.URL:
             f"database {parsed.render_as_string(hide_password=True)}: "
             f"{parsed.get_backend_name()} is none of {', '.join(_INSERTS)}"
         )
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise SettingsError(
+            "database sqlite:// is in memory, where nothing outlives the service: give a file, as "
+            "sqlite:///state/skrd4ad.sqlite"
+        )
     return parsed
 
 
@@ -356,6 +362,11 @@ def _engine(url: sa.URL) -> sa.Engine:
         pool_timeout=_AWAY_S,
         connect_args={
             "connect_timeout": _AWAY_S,
+            # A server that fell silent is given up, not waited for as long as TCP would.
+            "keepalives_idle": _AWAY_S,
+            "keepalives_interval": _AWAY_S,
+            "keepalives_count": 2,
+            "tcp_user_timeout": 1000 * 3 * _AWAY_S,
             "options": f"-c statement_timeout={_STATEMENT_MS}",
         },
     )

@@ -31,7 +31,7 @@ ANONYMOUS = "anonymous"
 ModelName = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
 ]
-Version = Annotated[int | None, Query(ge=1, description="default: the active one")]
+Version = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="default: the active one")]
 Digest = Annotated[
     str | None,
     Query(pattern="^[0-9a-f]{64}$", description="refuse to answer with any other graph than this"),
@@ -167,6 +167,7 @@ def _answer_problem(request: Request, error: Exception) -> Response:
         detail = "the service failed; its log has the reason under this request_id"
     if status >= 500 and isinstance(error, ServiceError):
         log.error("request_id=%s %s: %s", request.state.request_id, kind, detail)
+    detail = detail.encode(errors="replace").decode()  # it may name what was sent
     slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
     problem = Problem(
         type=f"urn:skrd4ad:problem:{slug}",
@@ -181,7 +182,7 @@ def _answer_problem(request: Request, error: Exception) -> Response:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the errors that a route can answer with; `_openapi` gives them a body."""
+    """OpenAPI entries of the errors that a route can answer with; `openapi` gives them a body."""
     return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 

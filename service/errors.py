@@ -152,7 +152,7 @@ class NotReady(ServiceError):
 
 
 class DatabaseAway(NotReady):
-    title = "Database away"
+    title = "Database away or busy"
 
 
 class DeadlineExceeded(ServiceError):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ from service.shadow import Shadow
 from service.store import Graph, Store
 
 log = logging.getLogger(__name__)
+
+_SILENT_S = 75.0  # after which the database is told as away: the longest interval and a statement
 
 T = TypeVar("T")
 
@@ -84,7 +87,7 @@ class Registry:
         self._loading = asyncio.Lock()
         self._following = asyncio.Lock()
         self._taking_up = asyncio.Lock()
-        self._database_up = True
+        self._database_up, self._database_seen = True, time.monotonic()
         self._published: dict[str, set[str]] = {}  # profiles that gauges tell
         wanted = rollouts.wanted()
         for name in bundles.names(settings.models):
@@ -94,6 +97,7 @@ class Registry:
             self._load_at_start(name)
         if not self._active:
             log.warning("no bundle in %s (<name>/<version>/manifest.json)", settings.models)
+        metrics.database_up.set_function(self._database_answers)
         metrics.queue_size.set_function(lambda: sum(m.batcher.waiting for m in self.loaded()))
         metrics.in_progress.set_function(lambda: sum(m.batcher.places for m in self.loaded()))
 
@@ -652,7 +656,12 @@ class Registry:
                 log.info("the database answers again")
             else:
                 log.error("%s; inspection goes on with what is in force", reason)
-        self._metrics.database_up.set(up)
+        if up:
+            self._database_seen = time.monotonic()
+
+    def _database_answers(self) -> bool:
+        """A server that hangs raises nothing: what counts is when it answered last."""
+        return self._database_up and time.monotonic() < self._database_seen + _SILENT_S
 
     def _in_force(self, model: Model) -> dict[str, Calibration]:
         known = {calibration.id: calibration for calibration in model.calibrations.values()}

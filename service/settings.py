@@ -61,6 +61,10 @@ class Settings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="Deadline of an inspection; beyond it: 504."
     )
+    shutdown_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0,
+        description="After SIGTERM, how long what was accepted may take; then it is broken off.",
+    )
     calibration_timeout_s: Annotated[float, Field(gt=0)] = Field(
         900.0, description="Deadline of a calibration; beyond it: 504."
     )
@@ -85,7 +89,7 @@ class Settings(BaseSettings):
         description="Most inspections kept in memory while the database is slow or away (about "
         "1 KB each); beyond it the oldest are dropped, and counted.",
     )
-    trace_max_age_days: Annotated[float, Field(ge=0)] = Field(
+    trace_max_age_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
         365.0, description="Recorded inspections that are older are removed; 0 keeps them."
     )
     trace_max_count: Annotated[int, Field(ge=0)] = Field(
@@ -103,7 +107,7 @@ class Settings(BaseSettings):
     archive_max_bytes: Annotated[int, Field(ge=1)] = Field(
         10 * 2**30, description="Most bytes in the archive; the oldest are removed before."
     )
-    archive_max_age_days: Annotated[float, Field(ge=0)] = Field(
+    archive_max_age_days: Annotated[float, Field(ge=0, le=36_500)] = Field(
         90.0, description="Archived images that were not seen for longer are removed; 0 keeps them."
     )
     max_loaded_models: Annotated[int, Field(ge=0)] = Field(

@@ -204,8 +204,11 @@ class Store:
             active = _active_ids(connection)
             return [_stored(row, active) for row in connection.execute(query)]
 
-    def samples(self, id: str, limit: int = 100, offset: int = 0) -> list[Sample]:
-        """Samples without their maps, highest score first; raises UnknownCalibration."""
+    def samples(
+        self, id: str, limit: int = 100, offset: int = 0, *, excluded: bool = True
+    ) -> list[Sample]:
+        """Samples without their maps, highest score first, with or without those that are
+        excluded; raises UnknownCalibration."""
         columns = [column for column in samples.c if column.name not in ("calibration", "map")]
         query = (
             sa.select(*columns)
@@ -214,6 +217,8 @@ class Store:
             .limit(limit)
             .offset(offset)
         )
+        if not excluded:
+            query = query.where(samples.c.excluded.is_(False))
         with self._database.read() as connection:
             _get(connection, id)
             return [Sample(**row) for row in connection.execute(query).mappings()]
@@ -259,6 +264,7 @@ class Store:
         Raises UnknownCalibration, or CalibrationFinished where it isn't.
         """
         with self._database.write() as connection:
+            _lock_activations(connection)  # before the row, as whoever rolls back does
             row = _locked(connection, id)
             if row.finished is None:
                 raise CalibrationFinished(f"calibration {id} is open: finish it first")
@@ -291,11 +297,11 @@ class Store:
         Raises UnknownCalibration, or CalibrationInUse where it is in force.
         """
         with self._database.write() as connection:
+            _lock_activations(connection)
             row = _locked(connection, id)
             if row.finished is None:
                 connection.execute(calibrations.delete().where(calibrations.c.id == id))
                 return
-            _lock_activations(connection)
             if id in _active_ids(connection):
                 raise CalibrationInUse(
                     f"calibration {id} is in force: activate another one, or deactivate it, first"
@@ -362,7 +368,7 @@ class Store:
         highest = (
             sa.select(samples.c.sha256)
             .where(samples.c.calibration == id)
-            .order_by(samples.c.score.desc(), samples.c.sha256)
+            .order_by(samples.c.excluded, samples.c.score.desc(), samples.c.sha256)
             .limit(MAPS_KEPT)
         )
         beyond = [samples.c.calibration == id, samples.c.map.is_not(None)]
@@ -552,8 +558,10 @@ def standing(changes: Iterable[tuple[T, bool]], first: T) -> list[T]:
     """
     stack = [first]
     for value, rolls_back in changes:
-        if rolls_back:
+        if rolls_back:  # and past what was deleted by then
             stack.pop()
+            while len(stack) > 1 and stack[-1] != value:
+                stack.pop()
         elif value != stack[-1]:
             stack.append(value)
     return stack

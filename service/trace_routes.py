@@ -37,7 +37,7 @@ Id = Annotated[str, Path(pattern=ID_PATTERN)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="of the image's bytes")]
 OfProfile = Annotated[Profile | None, Query(description="of this profile alone; empty: of none")]
-OfVersion = Annotated[int | None, Query(ge=1, description="of this version alone")]
+OfVersion = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="of this version alone")]
 Moment = AwareDatetime | None
 Score = Annotated[float | None, Query(allow_inf_nan=False)]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}

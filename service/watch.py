@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from service.alarms import Alarms, DriftEvent, Kind
+from service.alarms import Alarms, DriftEvent
 from service.calibration import Calibration
 from service.drift import RUN_LENGTH, DriftTest
 from service.errors import DatabaseAway
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 5.0
 LAG = timedelta(seconds=5)  # by then other services have recorded what they inspected
 REPLAYED = 20_000  # images of a model at most that a service looks back at when it starts
-MAX_PROFILES = 100  # of a model: callers may name any
 _PAGE = 500  # rows
 _PAUSE_S = 0.02  # after each page, so that inspections get their turn
 
@@ -93,6 +92,7 @@ class Watch:
         self._metrics, self._run_length = metrics, run_length
         self._readings: dict[Graph, _Reading] = {}
         self._published: set[tuple[str, str]] = set()
+        self._trouble = False
         self._lock = threading.Lock()  # of the readings
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -100,10 +100,9 @@ class Watch:
         while not stop.is_set():
             try:
                 await asyncio.to_thread(self.catch_up, stop)
-            except DatabaseAway:
-                pass  # the registry, which asks more often, tells it
-            except Exception:
-                log.exception("drift could not be tested; trying again")
+                self._trouble = False
+            except Exception as error:
+                self._tell(error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL_S):
                     await stop.wait()
@@ -121,11 +120,11 @@ class Watch:
         self._publish(list(loaded.values()))
 
     def look(self, model: Model, profile: str) -> Report | None:
-        """The test of a profile; None where no image of it was seen yet, or it has no
-        calibration."""
+        """The test of a profile, or the model's, for one without a calibration of its own; None
+        where there is no calibration, or it was not caught up yet."""
         with self._lock:
             reading = self._readings.get(model.graph)
-            watched = reading.watched.get(profile) if reading else None
+            watched = reading.watched.get(_tested_as(model, profile)) if reading else None
             return watched.report() if watched else None
 
     def reset(self, model: Model, profile: str, *, by: str) -> Report | None:
@@ -133,10 +132,17 @@ class Watch:
 
         Other services follow when they catch up. Raises DatabaseAway.
         """
-        before = self.look(model, profile)
+        before, profile = self.look(model, profile), _tested_as(model, profile)
         if before is None:
             return None
-        event = self._add_event("reset", model.graph, profile, before, by=by)
+        event = self._alarms.reset(
+            model.graph,
+            profile,
+            before.calibration.id,
+            images=before.images,
+            statistic=before.statistic,
+            by=by,
+        )
         with self._lock:
             watched = _begin(model.graph, profile, before.calibration, event, self._run_length)
             self._readings[model.graph].watched[profile] = watched
@@ -148,10 +154,10 @@ class Watch:
         reading = self._readings.get(model.graph) or self._start(model)
         with self._lock:
             self._readings[model.graph] = reading
-            for profile in {"", *model.calibrations, *reading.watched}:
-                calibration = model.calibration_for(profile)
+            in_force = {"": model.calibration, **model.calibrations}
+            reading.watched = {p: w for p, w in reading.watched.items() if p in in_force}
+            for profile, calibration in in_force.items():
                 if calibration is None:
-                    reading.watched.pop(profile, None)
                     continue
                 event = events.get((profile, calibration.id))
                 watched = reading.watched.get(profile)
@@ -180,32 +186,36 @@ class Watch:
                     alarmed.setdefault(record.profile, watched.report())
         for profile, report in alarmed.items():
             self._raise_alarm(model, profile, report)
-        return len(found) == _PAGE
+        if len(found) == _PAGE:
+            return True
+        reading.after = end  # past what doesn't enter, which isn't looked through again
+        return False
 
     def _watched(self, model: Model, reading: _Reading, record: Record) -> _Watched | None:
-        """Whose test an image enters: it was decided by the calibration that is in force for its
-        profile."""
-        calibration = model.calibration_for(record.profile)
+        """Whose test an image enters: the calibration in force decided it, for its profile or, as
+        one of all those without their own, for the model."""
+        watched = reading.watched.get(_tested_as(model, record.profile))
         if (
-            calibration is None
-            or record.calibration != calibration.id
+            watched is None
+            or record.calibration != watched.calibration.id
             or record.digest != model.bundle.digest
             or record.threshold_source == "request"
+            or (watched.since is not None and record.at < watched.since)
         ):
             return None
-        watched = reading.watched.get(record.profile)
-        if watched is None:
-            if len(reading.watched) >= MAX_PROFILES:
-                return None
-            event = self._alarms.last(model.graph).get((record.profile, calibration.id))
-            watched = _begin(model.graph, record.profile, calibration, event, self._run_length)
-            reading.watched[record.profile] = watched
-        if watched.since is not None and record.at < watched.since:
-            return None
-        return watched if watched.calibration.id == calibration.id else None
+        return watched
 
     def _raise_alarm(self, model: Model, profile: str, report: Report) -> None:
-        event = self._add_event("alarm", model.graph, profile, report)
+        event = self._alarms.raise_alarm(
+            model.graph,
+            profile,
+            report.calibration.id,
+            since=report.since,
+            images=report.images,
+            statistic=report.statistic,
+        )
+        if event is None:
+            return  # somebody has reset the test meanwhile: it begins anew
         log.warning(
             "%s version %d%s: images decided normal no longer score as those of %s did, after %d "
             "images",
@@ -216,20 +226,15 @@ class Watch:
             report.images,
         )
         with self._lock:
-            self._readings[model.graph].watched[profile].alarm = event
+            if watched := self._readings[model.graph].watched.get(profile):
+                watched.alarm = event
 
-    def _add_event(
-        self, kind: Kind, graph: Graph, profile: str, report: Report, by: str = ""
-    ) -> DriftEvent:
-        return self._alarms.add(
-            kind,
-            graph,
-            profile,
-            report.calibration.id,
-            images=report.images,
-            statistic=report.statistic,
-            by=by,
-        )
+    def _tell(self, error: Exception) -> None:
+        """Once, until it was well again; in full where it is no database's fault."""
+        if not self._trouble:
+            known = isinstance(error, DatabaseAway)
+            log.error("drift is not tested for now: %s", error, exc_info=None if known else error)
+        self._trouble = True
 
     def _publish(self, models: list[Model]) -> None:
         """Gauges of the versions that serve where a request names none."""
@@ -252,6 +257,12 @@ class Watch:
             for gauge in gauges:
                 gauge.remove(*labels)
         self._published = published
+
+
+def _tested_as(model: Model, profile: str) -> str:
+    """Profiles without a calibration of their own are tested together, as the model's calibration
+    took its samples: each of them alone may differ from all of them together, unchanged."""
+    return profile if profile in model.calibrations else ""
 
 
 def _normal(model: Model) -> Filter:

@@ -25,7 +25,8 @@ def router(registry: Registry, watch: Watch, settings: Settings) -> APIRouter:
         """Whether images decided normal still score as the calibration's did."""
         async with within(settings.request_timeout_s):
             model = await registry.get(name, version)
-        return _told(model, profile, watch.look(model, profile), settings)
+        report = await asyncio.to_thread(watch.look, model, profile)
+        return _told(model, profile, report, settings)
 
     @router.post("/v1/models/{name}/drift/reset", responses=problems(404, 409, 422, 500, 503, 504))
     async def reset(
@@ -45,7 +46,7 @@ def _told(model: Model, profile: str, report: Report | None, settings: Settings)
     if report is None:
         shown = f"{model.name} version {model.bundle.version}"
         shown += f", profile {profile}" if profile else ""
-        reason = "has no calibration, or no image of it was recorded yet"
+        reason = "has no calibration, or its test has not begun yet"
         if not settings.trace:
             reason = "isn't tested for drift: inspections are not recorded (SKRD4AD_TRACE)"
         raise NothingWatched(f"{shown} {reason}")

@@ -151,9 +151,38 @@ def test_an_archive_that_breaks_off_or_is_damaged_is_refused(kind: str) -> None:
         unpacked(bytes(flipped))
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_tar_that_is_damaged_after_its_first_file_is_no_shorter_one(kind: str) -> None:
+    files = {f"{i}.png": b"x" for i in range(5)}
+    pack = gzip.compress if kind == "tar.gz" else bytes
+    whole = tarred(files)
+    flipped = bytearray(whole)
+    flipped[1024 + 20] ^= 1  # in the second header
+    assert len(unpacked(pack(whole))) == 5
+
+    for data in (bytes(flipped), whole[:2048], whole[: 2048 + 300]):
+        with pytest.raises(InvalidArchive, match="damaged"):
+            unpacked(pack(data))
+
+
+def hostile_tars() -> list[bytes]:
+    sparse = tarfile.TarInfo("sparse.png")
+    sparse.pax_headers = {"GNU.sparse.map": "a,b", "GNU.sparse.size": "x"}
+    chained = tarfile.TarInfo("chained")
+    chained.type = tarfile.XHDTYPE
+    end = bytes(1024)
+    return [sparse.tobuf(tarfile.PAX_FORMAT) + end, chained.tobuf() * 1500 + end]
+
+
+@pytest.mark.parametrize("number", range(2), ids=["sparse", "headers without end"])
+def test_what_the_tar_reader_stumbles_over_is_refused(number: int) -> None:
+    with pytest.raises(InvalidArchive):
+        unpacked(hostile_tars()[number])
+
+
 @pytest.mark.parametrize("data", [b"", b"no archive", bytes(20), b"PK", b"\x1f\x8b", b"PK" * 500])
 def test_what_is_no_archive_is_refused(data: bytes) -> None:
-    with pytest.raises(InvalidArchive, match="can't be read|can be read|breaks off"):
+    with pytest.raises(InvalidArchive, match="can't be read|can be read|breaks off|damaged"):
         unpacked(data)
 
 

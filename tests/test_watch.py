@@ -259,13 +259,13 @@ def test_a_new_calibration_begins_a_new_test(line: Line) -> None:
     assert (report.images, report.alarm) == (30, None)
 
 
-def test_each_profile_has_a_test_of_its_own(line: Line) -> None:
-    left = normal_calibration("cal_left", 3, "left")
-    line.model.calibrations = {"left": left}
+def test_a_profile_with_a_calibration_has_a_test_of_its_own(line: Line) -> None:
+    left, right = (normal_calibration(f"cal_{side}", 3, side) for side in ("left", "right"))
+    line.model.calibrations = {"left": left, "right": right}
     watch = line.watch()
     line.record(line.normals(100), profile="left", calibration="cal_left")
-    line.record(line.normals(100), profile="right")  # which the model's calibration decides
-    line.record(line.normals(100, 0.9), profile="right")
+    line.record(line.normals(100), profile="right", calibration="cal_right")
+    line.record(line.normals(100, 0.9), profile="right", calibration="cal_right")
 
     line.catch_up(watch)
 
@@ -283,16 +283,64 @@ def test_each_profile_has_a_test_of_its_own(line: Line) -> None:
     assert told("skrd4ad_drift_alarm", {"model": "part", "profile": "right"}) is None
 
 
-def test_callers_cannot_make_tests_without_end(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "MAX_PROFILES", 5)
+def test_profiles_without_one_are_tested_together_as_they_were_calibrated(line: Line) -> None:
+    """Three stations, each half a standard deviation from the next, in turns."""
+    mixed = np.random.default_rng(5)
+    stations = (0.29, 0.3, 0.31)
+    scores = np.concatenate([mixed.normal(mean, 0.02, 100) for mean in stations])
+    line.model.own = Calibration("bundle", 0.01, scores)
     watch = line.watch()
-    for number in range(20):
-        line.record(line.normals(1), profile=f"made-up-{number}")
+    for _ in range(200):
+        for number, mean in enumerate(stations):
+            drawn = mixed.normal(mean, 0.02, 20)
+            line.record(drawn[drawn < 0.33][:1], profile=f"station-{number}")
 
     line.catch_up(watch)
 
-    seen = [watch.look(line.model, f"made-up-{number}") for number in range(20)]
-    assert sum(report is not None for report in seen) == 4  # and the model's own
+    reports = [watch.look(line.model, f"station-{number}") for number in range(3)]
+    assert all(report is not None and report.alarm is None for report in reports)
+    assert {report.images for report in reports if report} == {600}
+
+
+def test_an_alarm_of_a_test_that_was_reset_meanwhile_is_not_raised(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another service is a moment behind: it read what is in force before the reset."""
+    one, other = line.watch(), line.watch()
+    line.record(line.normals(100))
+    line.catch_up(one)
+    line.catch_up(other)
+    line.record(line.normals(200, 0.9))
+    line.catch_up(one)
+    one.reset(line.model, "", by="somebody")
+
+    monkeypatch.setattr(other, "_follow", lambda model: None)
+    line.catch_up(other)
+
+    assert [event.kind for event in line.alarms.history(GRAPH)] == ["reset", "alarm"]
+    report = other.look(line.model, "")
+    assert report is not None and report.alarm is None
+
+
+def test_what_does_not_enter_is_not_looked_through_again(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = line.watch()
+    line.record(line.normals(3))
+    line.record(line.normals(500), version=2)
+    line.catch_up(watch)
+    asked: list[str | None] = []
+    oldest = line.table.oldest
+
+    def remember(*arguments, after: str | None, **more):
+        asked.append(after)
+        return oldest(*arguments, after=after, **more)
+
+    monkeypatch.setattr(line.table, "oldest", remember)
+    line.catch_up(watch)
+
+    newest = line.table.newest(watching.Filter(), 1)[0].record.id
+    assert asked[0] is not None and asked[0] > newest
 
 
 def test_a_model_without_a_calibration_is_not_tested(line: Line) -> None:

@@ -55,15 +55,18 @@ def test_inspections_are_tested_as_they_are_recorded(watched: TestClient) -> Non
     assert 'skrd4ad_drift_images{model="part",profile=""} 15.0' in watched.get("/metrics").text
 
 
-def test_a_profile_that_requests_name_is_tested_by_itself(watched: TestClient) -> None:
-    for _, data in normal_pictures(5):
+def test_a_profile_with_a_calibration_is_tested_by_itself(watched: TestClient) -> None:
+    pictures = normal_pictures(40)
+    made = calibrate(watched, pictures, target_fpr=0.05, profile="left").json()
+    for _, data in pictures[:5]:
         inspect(watched, data, render="none", profile="left")
+        inspect(watched, data, render="none", profile="right")
 
-    wait_for(lambda: images(watched, profile="left") == 5, "not tested")
+    wait_for(lambda: images(watched, profile="left") == images(watched) == 5, "not tested")
 
-    assert images(watched) == 0
-    assert drift(watched, profile="left").json()["profile"] == "left"
-    assert_problem(drift(watched, profile="right"), 409, "profile right", "no image of it")
+    told = drift(watched, profile="left").json()
+    assert (told["profile"], told["calibration"]["id"]) == ("left", made["id"])
+    assert drift(watched, profile="right").json()["calibration"]["id"] == "bundle"
 
 
 def test_a_reset_begins_anew_and_is_kept(watched: TestClient) -> None:
