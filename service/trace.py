@@ -104,14 +104,15 @@ class Trace:
         except DatabaseAway as error:
             self._tell(str(error))
         except Exception as error:  # a right that is missing, a server that only reads, a bug
-            self._tell(f"{type(error).__name__}: {error}")
+            self._tell(f"{type(error).__name__}: {error}", error)
         else:
             self._tell("")
         return not self.pending
 
-    def _tell(self, trouble: str) -> None:
+    def _tell(self, trouble: str, unexpected: Exception | None = None) -> None:
         if trouble and not self._trouble:
-            log.error("inspections can't be recorded, and are kept for now: %s", trouble)
+            told = "inspections can't be recorded, and are kept for now: %s"
+            log.error(told, trouble, exc_info=unexpected)
         elif self._trouble and not trouble:
             log.info("inspections are recorded again")
         self._trouble = trouble
