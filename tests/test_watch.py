@@ -37,8 +37,9 @@ class FakeModel:
     def bundle(self) -> SimpleNamespace:
         return SimpleNamespace(version=self.graph.version, digest=self.graph.digest)
 
-    def calibration_for(self, profile: str) -> Calibration | None:
-        return self.calibrations.get(profile) or self.calibrations.get("") or self.own
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.calibrations.get("") or self.own
 
 
 class Line:
