@@ -231,7 +231,8 @@ class Registry:
 
     def _load_at_start(self, name: str) -> None:
         graph = self._active[name]
-        model = self._loader.load(*self._asked(name, graph.version)).result()
+        asked = self._asked(name, graph.version)
+        model = self._loader.load(*asked, aside=False).result()  # nobody serves yet
         model.calibrations = self._in_force(model)
         self._keep(model)
 
