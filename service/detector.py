@@ -65,13 +65,15 @@ class Detector:
             return min(waiting, self.batch_sizes[-1])
         return max(size for size in self.batch_sizes if size <= waiting)
 
-    def run(self, images: np.ndarray) -> list[Prediction]:
-        """Predictions of uint8 (N, h, w, 3) RGB images at the model's size.
+    def run(self, images: np.ndarray, *, aside: bool = False) -> list[Prediction]:
+        """Predictions of uint8 (N, h, w, 3) RGB images at the model's size; `aside` while others
+        compute, who are not to wait.
 
         Raises InferenceFailed with the runtime's reason, or where a score is no finite number.
         """
         try:
-            maps, scores = self._session.run(images)
+            run = self._session.run_aside if aside else self._session.run
+            maps, scores = run(images)
         except Exception as error:  # the runtimes raise many types with no common base
             raise InferenceFailed(f"{self.provider}: {error}") from error
         if not np.isfinite(scores).all():
@@ -81,11 +83,12 @@ class Detector:
             for score, anomaly_map in zip(scores, maps, strict=True)
         ]
 
-    def warm_up(self) -> None:
-        """Run on gray images, so that the first requests don't pay for memory and kernels."""
+    def warm_up(self, *, aside: bool = False) -> None:
+        """Run on gray images, so that the first requests don't pay for memory and kernels; `aside`
+        on one, as CPUs hardly take longer for a first one."""
         # The largest first: its memory serves the others.
-        for size in reversed(self._session.warm_sizes):
-            self.run(np.full((size, *self.image_size, 3), 128, np.uint8))
+        for size in (1,) if aside else reversed(self._session.warm_sizes):
+            self.run(np.full((size, *self.image_size, 3), 128, np.uint8), aside=aside)
 
     def _check_interface(self) -> None:
         inputs, outputs = self._session.ports

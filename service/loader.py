@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 
 import numpy as np
 
@@ -41,13 +40,15 @@ class Loader:
         self._freed = threading.Condition()
         self._closed = False
 
-    def load(self, bundle: Callable[[], Bundle], key: Key) -> "Future[Model]":
-        """The model of what `bundle` opens.
+    def load(
+        self, bundle: Callable[[], Bundle], key: Key, *, aside: bool = True
+    ) -> "Future[Model]":
+        """The model of what `bundle` opens; `aside` where others serve meanwhile.
 
         The future raises BundleError where it is another one than `key` says, damaged, or its
         self-check fails, and DeviceUnavailable where there is no room for it.
         """
-        return self._thread.submit(self._load, bundle, key)
+        return self._thread.submit(self._load, bundle, key, aside)
 
     @property
     def alive(self) -> int:
@@ -69,10 +70,10 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
         self.device_thread.shutdown()
 
-    def _load(self, bundle: Callable[[], Bundle], key: Key) -> Model:
+    def _load(self, bundle: Callable[[], Bundle], key: Key, aside: bool) -> Model:
         started = time.perf_counter()
         try:
-            model = self._opened(bundle(), key)
+            model = self._opened(bundle(), key, aside)
         except ServiceError:
             self._metrics.model_load_failures.inc()
             raise
@@ -92,7 +93,7 @@ class Loader:
         weakref.finalize(model, self._free, [model.detector]).atexit = False
         return model
 
-    def _opened(self, bundle: Bundle, key: Key) -> Model:
+    def _opened(self, bundle: Bundle, key: Key, aside: bool) -> Model:
         graph, golden = bundle.read_graph(), bundle.golden_pixels()
         if (bundle.name, bundle.version) != key:
             raise BundleError(
@@ -109,7 +110,7 @@ class Loader:
             )
         except BundleError as error:
             raise BundleError(f"{bundle.folder}: {error}") from error
-        self._warm_up(bundle, detector, golden)
+        self._warm_up(bundle, detector, golden, aside)
         batcher = Batcher(
             detector.run,
             self.device_thread,
@@ -125,15 +126,16 @@ class Loader:
             trained=frozenset(bundle.manifest.data.trained),
         )
 
-    def _warm_up(self, bundle: Bundle, detector: Detector, golden: np.ndarray | None) -> None:
-        first_runs = partial(_run_first, bundle, detector, golden)
+    def _warm_up(
+        self, bundle: Bundle, detector: Detector, golden: np.ndarray | None, aside: bool
+    ) -> None:
         try:
             if detector.device == "cuda":
                 # The first run of each size is recorded as a CUDA graph, which work for another
                 # model at the same time would spoil: those that serve wait for that.
-                self.device_thread.submit(first_runs).result()
+                self.device_thread.submit(_run_first, bundle, detector, golden).result()
             else:
-                first_runs()
+                _run_first(bundle, detector, golden, aside=aside)
         except InferenceFailed as error:  # no room on the device, most likely
             raise DeviceUnavailable(f"{bundle.folder}: {error}") from error
 
@@ -152,13 +154,16 @@ class Loader:
             self._freed.notify_all()
 
 
-def _run_first(bundle: Bundle, detector: Detector, golden: np.ndarray | None) -> None:
+def _run_first(
+    bundle: Bundle, detector: Detector, golden: np.ndarray | None, *, aside: bool = False
+) -> None:
     """Warm up, then check that the golden picture gets its score, here on this device."""
-    detector.warm_up()
+    if golden is None or not aside:  # else it is what warms up
+        detector.warm_up(aside=aside)
     if golden is None or bundle.manifest.golden is None:
         return
     expected, tolerance = bundle.manifest.golden.score, bundle.manifest.golden.tolerance
-    (found,) = detector.run(golden[None])
+    (found,) = detector.run(golden[None], aside=aside)
     if not abs(found.score - expected) <= tolerance * expected:
         raise BundleError(
             f"{bundle.folder}: the self-check failed: {bundle.manifest.golden.file} scores "

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from service import bundle as bundles
 from service.bundle import Bundle, Manifest
@@ -18,31 +17,28 @@ from service.calibration import Calibration
 from service.errors import (
     BundleError,
     DatabaseAway,
-    DeviceUnavailable,
     DigestMismatch,
     InvalidParameter,
     ModelInUse,
     NotReady,
-    Overloaded,
     ServiceError,
     Uncalibrated,
     UnknownModel,
 )
 from service.loader import Loader
+from service.loads import Loads
 from service.metrics import Metrics
 from service.model import Key, Model, tell_threshold
 from service.refusals import Refusals
 from service.residents import Residents
 from service.rollouts import Candidate, Rollout, Rollouts, Tally
 from service.settings import Settings
-from service.shadow import Shadow
+from service.shadow import Shadow, Shadows
 from service.store import Graph, Store
 
 log = logging.getLogger(__name__)
 
-_SILENT_S = 75.0  # after which the database is told as away: the longest interval and a statement
-
-T = TypeVar("T")
+_SILENT_S = 15.0  # beyond the interval, after which a database that hangs is told as away
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,12 @@ class Registry:
         self._loader = Loader(settings, metrics)
         self._residents = Residents(settings.max_loaded_models)
         self._active: dict[str, Graph] = {}
-        self._shadows: dict[str, Shadow] = {}
+        self._shadows = Shadows(
+            rollouts, self._loader.device_thread, metrics, settings.max_image_pixels
+        )
         self._refused = Refusals(settings.sync_interval_s)
         self._refused_shadows = Refusals(settings.sync_interval_s)
-        self._loads: dict[Key, asyncio.Task[Model]] = {}
-        self._waiting_for: Counter[Key] = Counter()
+        self._loads = Loads(self._load, settings.max_queue)
         self._rolling_out: Counter[str] = Counter()
         self._changes: dict[str, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
@@ -185,7 +182,7 @@ class Registry:
         names = [name] if name else await asyncio.to_thread(bundles.names, self._settings.models)
         found = await asyncio.to_thread(lambda: [(name, self.versions(name)) for name in names])
         models = {model.key: model for model in self.loaded()}
-        tried = self._tried()
+        tried = self._shadows.tried()
 
         def read(name: str, version: int, versions: list[int]) -> Listed:
             key, manifest, error = (name, version), None, None
@@ -240,7 +237,8 @@ class Registry:
 
     def _load_at_start(self, name: str) -> None:
         graph = self._active[name]
-        model = self._loader.load(*self._asked(name, graph.version)).result()
+        asked = self._asked(name, graph.version)
+        model = self._loader.load(*asked, aside=False).result()  # nobody serves yet
         model.calibrations = self._in_force(model)
         self._keep(model)
 
@@ -338,7 +336,7 @@ class Registry:
         return (
             self._is_due_to_serve(name, graph) is not None
             or self._is_due_as_shadow(name, candidate) is not None
-            or (candidate is None and name in self._shadows)
+            or (candidate is None and self._shadows.of(name) is not None)
         )
 
     def _is_due_to_serve(self, name: str, graph: Graph | None) -> Graph | None:
@@ -346,7 +344,7 @@ class Registry:
         return graph if not same and self._refused.is_due(name, graph) else None
 
     def _is_due_as_shadow(self, name: str, candidate: Candidate | None) -> Candidate | None:
-        shadow = self._shadows.get(name)
+        shadow = self._shadows.of(name)
         same = candidate is None or (shadow is not None and shadow.candidate == candidate)
         return candidate if not same and self._refused_shadows.is_due(name, candidate) else None
 
@@ -360,11 +358,13 @@ class Registry:
                 except Exception as error:
                     self._refused.add(name, due, _told(error))
             if candidate is None:
-                await self._end_shadow(name)
+                self._refused_shadows.forget(name)
+                await self._shadows.end(name)
             elif self._is_due_as_shadow(name, candidate):
                 try:
                     model = await self._wanted(candidate.graph)
-                    await self._begin_shadow(candidate, model)
+                    await self._shadows.begin(candidate, model)
+                    self._refused_shadows.forget(name)
                 except Exception as error:
                     self._refused_shadows.add(name, candidate, _told(error))
 
@@ -382,7 +382,10 @@ class Registry:
         self._refused.forget(model.name)
         if self._residents.get(model.key) is None:  # unloaded since it was loaded for this
             self._keep(model)
-        if before is not None and (model.name, before.version) not in {model.key, *self._tried()}:
+        if before is not None and (model.name, before.version) not in {
+            model.key,
+            *self._shadows.tried(),
+        }:
             self._drop((model.name, before.version))
         self._publish(model)
         if before is None or before.version != model.bundle.version:
@@ -397,7 +400,7 @@ class Registry:
 
     def shadow_of(self, model: Model) -> Shadow | None:
         """What is to score the same images as this model, if that serves."""
-        return self._shadows.get(model.name) if self._serves(*model.key) else None
+        return self._shadows.of(model.name) if self._serves(*model.key) else None
 
     async def set_shadow(self, name: str, version: int, *, by: str) -> None:
         """Let a version score what the active one answers, once it is loaded, warm and checked.
@@ -436,44 +439,8 @@ class Registry:
         candidate = (await asyncio.to_thread(self._rollouts.wanted)).shadows.get(name)
         if candidate is None:
             raise UnknownModel(f"model {name!r} has no shadow")
-        await self._store_counts()
+        await self._shadows.store_counts()
         return candidate, await asyncio.to_thread(self._rollouts.counts, candidate.id)
-
-    async def _begin_shadow(self, candidate: Candidate, model: Model) -> None:
-        await self._end_shadow(model.name)
-        self._shadows[model.name] = Shadow(
-            candidate,
-            model,
-            self._loader.device_thread,
-            self._metrics,
-            self._settings.max_image_pixels,
-        )
-        self._refused_shadows.forget(model.name)
-        log.info("%s version %d is tried beside the active one", *model.key)
-
-    async def _end_shadow(self, name: str) -> None:
-        self._refused_shadows.forget(name)
-        if shadow := self._shadows.pop(name, None):
-            await shadow.close()
-            with suppress(DatabaseAway):  # what was counted since the last time is lost
-                await self._store_counted(shadow)
-            log.info("%s version %d is no longer tried", *shadow.model.key)
-
-    async def _store_counts(self) -> None:
-        for shadow in list(self._shadows.values()):
-            await self._store_counted(shadow)
-
-    async def _store_counted(self, shadow: Shadow) -> None:
-        """Raises DatabaseAway; then it is kept for the next time."""
-        if tallies := shadow.taken():
-            try:
-                await asyncio.to_thread(self._rollouts.count, shadow.candidate.id, tallies)
-            except DatabaseAway:
-                shadow.add(tallies)
-                raise
-
-    def _tried(self) -> set[Key]:
-        return {shadow.model.key for shadow in self._shadows.values()}
 
     # What is in memory
 
@@ -487,7 +454,7 @@ class Registry:
             raise self._no_version(name, version)
         if self._serves(name, version):
             raise ModelInUse(f"{name} version {version} is active: activate another one first")
-        if (name, version) in self._tried():
+        if (name, version) in self._shadows.tried():
             raise ModelInUse(
                 f"{name} version {version} is tried beside the active one: end that first, with "
                 f"DELETE /v1/models/{name}/shadow"
@@ -511,39 +478,14 @@ class Registry:
         try:
             yield
         finally:
-            _count_down(self._rolling_out, name)
+            self._rolling_out[name] -= 1
+            if not self._rolling_out[name]:  # callers may name anything: nothing stays of it
+                del self._rolling_out[name]
             self._trim()
 
     async def _loaded(self, key: Key) -> Model:
-        """The model, loaded off the event loop where it isn't; whoever asks meanwhile waits for the
-        same load, which goes on when they leave. Raises NotReady where there is no room."""
-        if model := self._residents.use(key):
-            return model
-        load = self._loads.get(key)
-        if load is None:
-            load = self._loads[key] = asyncio.create_task(self._load(key))
-            load.add_done_callback(partial(self._loaded_now, key))
-        if self._waiting_for[key] >= self._settings.max_queue:
-            raise Overloaded(
-                f"{self._waiting_for[key]} requests wait for {key[0]} version {key[1]} to be "
-                f"loaded; the limit is {self._settings.max_queue}"
-            )
-        self._waiting_for[key] += 1
-        try:
-            return await asyncio.shield(load)
-        except DeviceUnavailable as error:  # out of memory, say: it may be had later
-            raise NotReady(str(error)) from None
-        except ServiceError as error:  # one for each: a shared one would gather all tracebacks
-            raise type(error)(*error.args) from None
-        finally:
-            _count_down(self._waiting_for, key)
-            del load  # which has the error, whose traceback has this frame
-
-    def _loaded_now(self, key: Key, load: "asyncio.Task[Model]") -> None:
-        del self._loads[key]
-        error = None if load.cancelled() else load.exception()
-        if error is not None and not isinstance(error, UnknownModel):
-            log.error("%s version %d can't be loaded: %s", *key, str(error))  # without its frames
+        """The model, loaded off the event loop where it isn't; raises as `Loads.get`."""
+        return self._residents.use(key) or await self._loads.get(key)
 
     async def _load(self, key: Key) -> Model:
         name, version = key
@@ -594,7 +536,7 @@ class Registry:
 
     def _kept(self) -> set[Key]:
         """What is never unloaded to make room."""
-        return self._tried() | {
+        return self._shadows.tried() | {
             (name, self._active[name].version) for name in self._rolling_out if name in self._active
         }
 
@@ -638,7 +580,7 @@ class Registry:
                 if stamp != seen:
                     await self.take_up()
                     seen = stamp
-                await self._store_counts()
+                await self._shadows.store_counts()
                 await self._follow_rollouts()
                 self._tell_database(True)
             except DatabaseAway as error:
@@ -661,7 +603,8 @@ class Registry:
 
     def _database_answers(self) -> bool:
         """A server that hangs raises nothing: what counts is when it answered last."""
-        return self._database_up and time.monotonic() < self._database_seen + _SILENT_S
+        silent_s = time.monotonic() - self._database_seen
+        return self._database_up and silent_s < self._settings.sync_interval_s + _SILENT_S
 
     def _in_force(self, model: Model) -> dict[str, Calibration]:
         known = {calibration.id: calibration for calibration in model.calibrations.values()}
@@ -692,20 +635,13 @@ class Registry:
 
     async def close(self) -> None:
         """Give up what is being loaded, and end the threads."""
-        under_way = [*self._changes.values(), *self._loads.values()]
-        for task in under_way:
+        changes = list(self._changes.values())
+        for task in changes:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
-        for name in list(self._shadows):
-            await self._end_shadow(name)
+        await asyncio.gather(*changes, return_exceptions=True)
+        await self._loads.close()
+        await self._shadows.close()
         self._loader.close()
-
-
-def _count_down(counter: Counter[T], key: T) -> None:
-    """Without a trace of what is no longer counted: callers may name anything."""
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 def _told(error: Exception) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,10 @@ import numpy as np
 from service import image
 from service.batcher import Batcher
 from service.calibration import Calibration, decide
-from service.errors import Overloaded
+from service.errors import DatabaseAway, Overloaded
 from service.metrics import Metrics
-from service.model import Model
-from service.rollouts import Candidate, Tally
+from service.model import Key, Model
+from service.rollouts import Candidate, Rollouts, Tally
 
 log = logging.getLogger(__name__)
 
@@ -116,3 +117,52 @@ class Shadow:
     def _count(self, outcome: str, scores: float = 0.0, p_values: float = 0.0) -> None:
         self._metrics.shadow_inspections.labels(self.model.name, outcome).inc()
         self.add({outcome: Tally(1, scores, p_values)})
+
+
+class Shadows:
+    """The shadow of each model that has one, and what was counted of them, on its way into the
+    database."""
+
+    def __init__(
+        self, rollouts: Rollouts, device_thread: Executor, metrics: Metrics, max_pixels: int
+    ) -> None:
+        self._rollouts, self._device_thread = rollouts, device_thread
+        self._metrics, self._max_pixels = metrics, max_pixels
+        self._shadows: dict[str, Shadow] = {}
+
+    def of(self, name: str) -> Shadow | None:
+        return self._shadows.get(name)
+
+    def tried(self) -> set[Key]:
+        return {shadow.model.key for shadow in self._shadows.values()}
+
+    async def begin(self, candidate: Candidate, model: Model) -> None:
+        await self.end(model.name)
+        self._shadows[model.name] = Shadow(
+            candidate, model, self._device_thread, self._metrics, self._max_pixels
+        )
+        log.info("%s version %d is tried beside the active one", *model.key)
+
+    async def end(self, name: str) -> None:
+        if shadow := self._shadows.pop(name, None):
+            await shadow.close()
+            with suppress(DatabaseAway):  # what was counted since the last time is lost
+                await self._store(shadow)
+            log.info("%s version %d is no longer tried", *shadow.model.key)
+
+    async def store_counts(self) -> None:
+        """Raises DatabaseAway; then they are kept for the next time."""
+        for shadow in list(self._shadows.values()):
+            await self._store(shadow)
+
+    async def close(self) -> None:
+        for name in list(self._shadows):
+            await self.end(name)
+
+    async def _store(self, shadow: Shadow) -> None:
+        if tallies := shadow.taken():
+            try:
+                await asyncio.to_thread(self._rollouts.count, shadow.candidate.id, tallies)
+            except DatabaseAway:
+                shadow.add(tallies)
+                raise

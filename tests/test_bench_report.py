@@ -33,6 +33,21 @@ def test_a_slow_round_changes_no_ratio():
     assert best.found.text() == "1.5 (1.5 to 1.5)"
 
 
+def test_swapping_is_compared_with_the_same_load_without_it_in_each_round():
+    usual = [row("ours", 9, n, part="swap", swapping=False, swaps=0, p99_ms=10) for n in (0, 1)]
+    swapped = [
+        row("ours", 8, n, part="swap", swapping=True, swaps=4, p99_ms=p99)
+        for n, p99 in ((0, 15), (1, 19))
+    ]
+    words = "light: p99 while versions are swapped"
+    assert goal(usual + swapped, words).found == Found([1.5, 1.9])
+    assert goal(usual + swapped, words).met
+    assert not [each for each in goals(usual) if words in each.name]
+    lost = row("ours", 8, 2, part="swap", swapping=True, swaps=4, errors={"503": 1})
+    assert not goal([*usual, *swapped, lost], words).met
+    assert "| light, round 1 | 4 |" in markdown(usual + swapped)
+
+
 def test_a_round_without_the_other_is_left_out():
     rows = [row("ours", 300), row("ours", 300, 1), row("ray", 150, 1), row("ray", 0, **NOTHING)]
     assert by_round(rows, "load", "images_per_s", server="ray") == {1: 150}

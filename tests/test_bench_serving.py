@@ -87,6 +87,13 @@ def test_growth_is_measured_at_every_place(folder, monkeypatch, part, places):
     assert (folder / "out" / f"{part}.svg").is_file()
 
 
+def test_versions_are_swapped_while_the_service_is_asked(folder):
+    rows = measured(folder, "--part", "swap", "--graph", "light", "--seconds", "2")
+    assert [(row["swapping"], row["round"]) for row in rows] == [(False, 0), (True, 0)]
+    assert rows[0]["swaps"] == 0 and rows[1]["swaps"] > 0
+    assert all(row["answered"] > 0 and not row["errors"] for row in rows)
+
+
 def test_memory_is_told_after_every_thousand_mixed_requests(folder, monkeypatch):
     monkeypatch.setattr(serving, "MIXED", 60)
     monkeypatch.setattr(serving, "MIXED_ROUNDS", 2)

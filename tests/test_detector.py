@@ -28,6 +28,16 @@ def test_any_batch_size_gives_the_same_scores(detector: Detector, count: int) ->
     assert [p.score for p in predictions] == pytest.approx([204 / 255] * count)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_aside_of_others_the_scores_are_the_same(threads: int) -> None:
+    detector = Detector(brightness_graph(), SIZE, "cpu", threads)
+    detector.warm_up(aside=True)
+
+    (aside,), (found,) = (detector.run(spotted(0.8)[None], aside=each) for each in (True, False))
+
+    assert aside.score == found.score and (aside.anomaly_map == found.anomaly_map).all()
+
+
 def test_where_nothing_is_padded_a_batch_is_the_largest_size_that_waits(detector: Detector) -> None:
     assert detector.batch_sizes == (1, 2, 4, 8)
     assert [detector.batch_size(waiting) for waiting in (1, 2, 3, 5, 7, 8, 20)] == [

@@ -160,9 +160,9 @@ def test_the_first_runs_leave_the_thread_of_those_that_serve_alone_but_on_cuda(
     threads: list[str] = []
     original = Detector.run
 
-    def run(self: Detector, images):
+    def run(self: Detector, images, **more):
         threads.append(threading.current_thread().name.split("_")[0])
-        return original(self, images)
+        return original(self, images, **more)
 
     monkeypatch.setattr(Detector, "run", run)
     for device, expected in (("cpu", "loading"), ("cuda", "device")):
