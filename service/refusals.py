@@ -31,6 +31,9 @@ class Refusals:
     def __iter__(self) -> Iterator[str]:
         return iter(self._refusals)
 
+    def __len__(self) -> int:
+        return len(self._refusals)
+
     def reason(self, name: str) -> str | None:
         refusal = self._refusals.get(name)
         return refusal.reason if refusal else None
