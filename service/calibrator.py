@@ -6,6 +6,7 @@ so that nothing is scored twice: not after a restart, and not in a calibration m
 
 import asyncio
 import heapq
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -41,6 +42,8 @@ from service.store import (
     StoredCalibration,
     check_open,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Images = AsyncGenerator[tuple[str, bytes]]
@@ -89,6 +92,23 @@ class Examined:
     tail: Tail
     highest: list[Sample]
 
+    @property
+    def note(self) -> str | None:
+        """What somebody should look at: samples that stand apart as defects do."""
+        if not self.tail.suspects:
+            return None
+        seen = (
+            f"{self.tail.suspects} of the samples stand apart as defects do (p-value "
+            f"{self.tail.p_value:.2g}): look at the outliers"
+        )
+        if self.stored.finish is None:
+            return f"{seen}, and exclude those that are no good parts before it is finished"
+        state = "in force" if self.stored.active else "not in force"
+        return (
+            f"{state}: {seen}; activate it if they are good parts, else open another with "
+            f"source={self.stored.id}, exclude them and finish that"
+        )
+
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -133,7 +153,7 @@ class Calibrator:
 
         stored, taken = await self._change(model, keep)
         scored.mark_duplicates(taken)
-        return await self.examine(stored.id), scored
+        return await self._finished(stored.id), scored
 
     async def open(
         self, model: Model, *, profile: str, source: str | None, by: str
@@ -175,7 +195,7 @@ class Calibrator:
         model = await self._model(stored.graph)
         make = partial(_make, stored.profile, promise, Scored())
         await self._change(model, partial(self._store.finish, id, make, by=by))
-        return await self.examine(id)
+        return await self._finished(id)
 
     async def examine(self, id: str) -> Examined:
         """Raises UnknownCalibration."""
@@ -229,6 +249,12 @@ class Calibrator:
         await self._change(model, partial(self._store.roll_back, model.graph, profile, by=by))
         return _in_force(model, profile)
 
+    async def _finished(self, id: str) -> Examined:
+        examined = await self.examine(id)
+        if examined.note:
+            log.warning("calibration %s is %s", id, examined.note)
+        return examined
+
     async def _model(self, graph: Graph) -> Model:
         return await self._registry.get(graph.model, graph.version, graph.digest)
 
@@ -276,7 +302,10 @@ class Calibrator:
         not the sample's own fault (a failed run, say) is raised, not reported.
         """
         if self._scoring:
-            raise Overloaded("samples of another calibration are being scored; one at a time")
+            raise Overloaded(
+                "samples are being scored already, of this calibration or another one, perhaps of "
+                "a request whose sender left; one at a time"
+            )
         self._scoring = True
         done: dict[int, Scored] = {}
         room = asyncio.Semaphore(max(2 * cores.available(), model.detector.batch_sizes[-1]))
@@ -370,7 +399,11 @@ def _make(profile: str, promise: Promise, scored: Scored, scores: np.ndarray) ->
     lost = ""
     if len(scored.failed) or len(scores) < len(scored.samples):
         twice = len(scored.duplicates) + len(scored.samples) - len(scores)
-        lost = f" ({len(scored.failed)} refused, {twice} sent twice)"
+        refused = f"{len(scored.failed)} refused"
+        if scored.failed:
+            name, reason = scored.failed[0]
+            refused += f", as {name}: {reason}"
+        lost = f" ({refused}; {twice} sent twice)"
     check_samples(len(scores), promise.target_fpr, promise.confidence, lost)
     calibration = Calibration(
         "", promise.target_fpr, scores, confidence=promise.confidence, profile=profile

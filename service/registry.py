@@ -193,6 +193,9 @@ class Registry:
                     manifest = Bundle(self._folder(name, version)).manifest
                 except BundleError as refusal:
                     error = str(refusal)
+                else:
+                    if (manifest.name, manifest.version) != key:
+                        error = f"its manifest says {manifest.name} version {manifest.version}"
             serves = self._serves(name, version)
             return Listed(name, version, versions, manifest, error, model, serves, key in tried)
 

@@ -301,6 +301,7 @@ _PROMISE = (
 class CalibrationDetail(CalibrationOut):
     """A calibration, and what can be seen of its samples."""
 
+    note: Annotated[str | None, Field(description="what somebody should look at")]
     excluded: int
     engines: Annotated[list[str], Field(description="what the samples were scored by")]
     tail: TailOut
@@ -314,6 +315,7 @@ class CalibrationDetail(CalibrationOut):
         return cls.of(
             examined.stored,
             **{
+                "note": examined.note,
                 "samples": examined.counts.counted,
                 "excluded": examined.counts.excluded,
                 "engines": examined.engines,
@@ -355,6 +357,7 @@ class NewCalibration(CalibrationDetail):
                         "q95": 0.61,
                         "max": 0.73,
                     },
+                    "note": None,
                     "excluded": 0,
                     "engines": ["CPUExecutionProvider in float32"],
                     "tail": {"test": TEST, "p_value": 0.41, "suspects": 0},

@@ -271,8 +271,18 @@ class Store:
             _activate(connection, _graph(row), row.profile, id, by)
 
     def deactivate(self, graph: Graph, profile: str = "", *, by: str) -> None:
-        """Leaves a graph's profile without a calibration of its own."""
+        """Leaves a graph's profile without a calibration of its own.
+
+        Raises NothingToRollBack for a profile that has none: it may be misspelt.
+        """
         with self._database.write() as connection:
+            _lock_activations(connection)
+            in_force = connection.execute(_latest().where(*_of(activations, graph))).all()
+            if profile and profile not in {row.profile for row in in_force if row.calibration}:
+                raise NothingToRollBack(
+                    f"profile {profile} of {graph.model} version {graph.version} has no "
+                    "calibration in force"
+                )
             _activate(connection, graph, profile, None, by)
 
     def roll_back(self, graph: Graph, profile: str = "", *, by: str) -> str | None:

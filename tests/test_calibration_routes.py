@@ -201,8 +201,14 @@ def test_a_confidence_raises_the_threshold_and_is_told(client: TestClient) -> No
 # Contamination
 
 
-def test_a_defect_among_the_samples_is_suspected_and_not_put_in_force(client: TestClient) -> None:
+def test_a_defect_among_the_samples_is_suspected_and_not_put_in_force(
+    client: TestClient, caplog
+) -> None:
     made = calibrate(client, contaminated(), target_fpr=0.05).json()
+
+    assert made["note"].startswith("not in force: 1 of the samples stand apart")
+    assert f"source={made['id']}" in made["note"]
+    assert f"calibration {made['id']} is not in force" in caplog.text
 
     assert made["tail"]["suspects"] == 1 and made["tail"]["p_value"] <= 0.01
     assert made["outliers"][0]["name"] == "defect.png"
@@ -236,6 +242,7 @@ def test_a_defect_is_excluded_in_a_new_one_without_scoring_anything_again(
     assert finished["threshold"] == clean["threshold"] < made["threshold"]
     assert (finished["samples"], finished["excluded"], finished["source"]) == (40, 1, made["id"])
     assert finished["tail"]["suspects"] == 0 and finished["active"] is True
+    assert finished["note"] is None
 
 
 def test_an_excluded_sample_can_be_included_again(client: TestClient) -> None:
@@ -254,7 +261,9 @@ def test_the_highest_samples_are_shown_with_their_heatmaps(client: TestClient) -
     id, images = open_one(client), contaminated()
     add(client, id, images)
 
-    shown = client.get(f"/v1/calibrations/{id}").json()["outliers"]
+    told = client.get(f"/v1/calibrations/{id}").json()
+    shown = told["outliers"]
+    assert "exclude those that are no good parts" in told["note"]
     response = client.get(shown[0]["heatmap"])
 
     assert shown[0]["name"] == "defect.png"
@@ -330,6 +339,34 @@ def test_a_profile_goes_back_to_the_models_calibration(client: TestClient) -> No
         inspect(client, encoded(picture()), profile="left").json()["calibration"]["id"]
         == (model["id"])
     )
+
+
+def test_a_misspelt_profile_is_neither_deactivated_nor_rolled_back(client: TestClient) -> None:
+    calibrate(client, normal_pictures(25), target_fpr=0.05, profile="left")
+
+    for change in ("deactivate", "roll-back"):
+        response = client.post(f"/v1/calibrations/{change}?profile=letf")
+        assert_problem(response, 409, "profile letf")
+
+    assert len(client.get("/v1/activations").json()) == 1
+
+
+def test_excluded_samples_make_room_for_those_to_look_at(client: TestClient) -> None:
+    id = open_one(client)
+    add(client, id, normal_pictures(30))
+    highest = client.get(f"/v1/calibrations/{id}").json()["outliers"]
+    for sample in highest:
+        client.post(f"/v1/calibrations/{id}/samples/{sample['sha256']}/exclude")
+
+    shown = client.get(f"/v1/calibrations/{id}").json()["outliers"]
+
+    assert len(shown) == 10 and not any(sample["excluded"] for sample in shown)
+
+
+def test_a_refusal_for_too_few_tells_why_files_were_no_samples(client: TestClient) -> None:
+    response = calibrate(client, [("good.zip", zipped(normal_pictures(2)))], target_fpr=0.05)
+
+    assert_problem(response, 422, "1 refused, as good.zip: ", "send some first")
 
 
 @pytest.mark.parametrize("profile", ["Left", "a b", "../up", "x" * 65])
@@ -413,6 +450,16 @@ def test_what_is_not_there_is_404(client: TestClient) -> None:
     for response in (client.get(f"{sample}/heatmap"), client.post(f"{sample}/exclude")):
         assert_problem(response, 404, "f" * 64)
     assert_problem(client.post("/v1/calibrations?model=gear"), 404, "'gear'")
+
+
+def test_numbers_that_no_calibration_can_have_are_422(client: TestClient) -> None:
+    id = open_one(client)
+    add(client, id, normal_pictures(25))
+
+    for name, value in (("target_fpr", 1e-320), ("confidence", 1e-10), ("confidence", 1.0)):
+        assert_problem(finish(client, id, **{name: value}), 422, f"{name} =")
+    assert_problem(client.get(f"/v1/inspections?version={10**20}"), 422, "version =")
+    assert finish(client, id, target_fpr=0.99, confidence=0.5).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["%00", "%F0%9F%98%80", "x" * 65, "a%20b"])

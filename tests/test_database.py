@@ -236,6 +236,8 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path
     "url, reason",
     [
         ("nonsense", "no SQLAlchemy URL"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
         ("mysql://user:secret@host/db", "mysql is none of sqlite, postgresql"),
     ],
 )

@@ -1,6 +1,7 @@
 """What must survive a restart: calibrations, and which of them is in force."""
 
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -317,6 +318,45 @@ def test_rolling_back_passes_over_what_was_deleted(store: Store) -> None:
 
     assert store.roll_back(HERE, by="a") == first.id
     assert store.roll_back(HERE, by="a") is None
+
+
+def test_rolling_back_after_a_deletion_goes_where_it_says(store: Store) -> None:
+    first, second = add(store), add(store)
+    store.deactivate(HERE, by="a")
+    store.delete(second.id, by="a")
+    assert store.roll_back(HERE, by="a") == first.id
+    assert store.roll_back(HERE, by="a") is None
+
+    add(store)
+    assert store.roll_back(HERE, by="a") is None  # as was in force before it
+
+
+def test_changes_at_once_never_deadlock(store: Store) -> None:
+    one, other = add(store), add(store)
+    spare = [add(store, activate=False) for _ in range(5)]
+    failed: list[Exception] = []
+
+    def act(change: Callable[[int], object]) -> None:
+        for number in range(15):
+            try:
+                change(number)
+            except (NothingToRollBack, CalibrationInUse, UnknownCalibration):
+                pass
+            except Exception as error:
+                failed.append(error)
+
+    changes: list[Callable[[int], object]] = [
+        lambda number: store.activate((one, other)[number % 2].id, by="a"),
+        lambda number: store.roll_back(HERE, by="b"),
+        lambda number: store.delete(spare[number % 5].id, by="c"),
+    ]
+    threads = [threading.Thread(target=act, args=(change,)) for change in changes * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert failed == []
 
 
 def test_history_tells_who_put_what_in_force_when(store: Store) -> None:
