@@ -392,6 +392,15 @@ def test_a_port_that_is_taken_stops_the_start_with_its_number(
     assert "Traceback" not in result.stderr
 
 
+def test_a_request_that_stalls_does_not_hold_the_end_up(serve: Callable[..., Server]) -> None:
+    server = serve(shutdown_timeout_s="1")
+    stalled = server.half_sent()
+
+    assert server.stop() == 0  # within 30 s, where the request would be waited for
+
+    stalled.close()
+
+
 # Versions
 
 
