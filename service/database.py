@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 
@@ -26,6 +22,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)  # else two lines at ever
 
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 MIGRATIONS = Path(__file__).parent / "migrations"
+_NEWEST = max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
 _MIGRATION_LOCK = 0x5C24D4AD  # any number that all replicas agree on
 _BUSY_S = 5  # how long a writer waits for another
 _AWAY_S = 5  # how long to wait for a server that doesn't answer
@@ -245,9 +242,7 @@ class Database:
                 self._migrate(connection)
         except BaseException as error:
             self.close()
-            if isinstance(error, CommandError):
-                reason = f"database {self.shown}: a newer version of the service made it ({error})"
-            elif isinstance(error, DatabaseAway):
+            if isinstance(error, DatabaseAway):
                 reason = str(error)
             elif isinstance(error, sa.exc.SQLAlchemyError):
                 reason = f"database {self.shown}: {error}"
@@ -318,14 +313,33 @@ class Database:
                 "threshold",
                 self.shown,
             )
-        before = MigrationContext.configure(connection).get_current_revision()
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-        after = MigrationContext.configure(connection).get_current_revision()
-        if before != after:
-            log.info("database %s: migrated from %s to %s", self.shown, before or "none", after)
+        found = _revision(connection)
+        if found is not None and found > _NEWEST:
+            raise SettingsError(
+                f"database {self.shown}: a newer version of the service made it ({found}; this one "
+                f"knows {_NEWEST})"
+            )
+        if found != _NEWEST:
+            _upgrade(connection)
+            log.info("database %s: migrated from %s to %s", self.shown, found or "none", _NEWEST)
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return found
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    # A tenth of a service's start, which most of them needn't spend.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def _parsed(url: str) -> sa.URL:
