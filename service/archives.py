@@ -25,7 +25,7 @@ CONTENT_TYPES = (
 _MAX_HEADER_BYTES = 1 << 20  # of a tar's member, with its extensions
 _PIECE_BYTES = 1 << 16
 # What file managers leave beside the files.
-_LITTER = re.compile(r"(^|/)(\.(?!\.?(/|$))[^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)")
+_LITTER = re.compile(r"(^|/)(\.(?!\.?([/\\]|$))[^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)")
 
 Member = tuple[str, bytes]
 
@@ -132,7 +132,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise InvalidArchive(f"a header of the tar is damaged: {error}") from error
+            raise InvalidArchive(
+                f"neither a zip nor a tar that can be read: a header is damaged: {error}"
+            ) from error
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
