@@ -22,7 +22,7 @@ def watched(
     settings: Settings, database_url: str, write_bundle: Write, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TestClient]:
     monkeypatch.setattr(watching, "INTERVAL_S", 0.1)
-    monkeypatch.setattr(watching, "LAG", timedelta())
+    monkeypatch.setattr(watching, "LAG", timedelta(seconds=2))  # more than a record takes
     write_bundle()
     settings = settings.model_copy(update={"database_url": database_url})
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
