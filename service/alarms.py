@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from service.database import Database, drift_events
+from service.database import Database, drift_events, lock
 from service.store import Graph
 
 Kind = Literal["alarm", "reset"]
@@ -50,8 +50,7 @@ class Alarms:
         """The alarm of a test that began at the reset of `since`, raised by this service or another
         one before it; None where the test was reset meanwhile."""
         with self._database.write() as connection:
-            if connection.dialect.name == "postgresql":  # a writer of SQLite is alone
-                connection.execute(sa.text("LOCK TABLE drift_events IN SHARE ROW EXCLUSIVE MODE"))
+            lock(connection, drift_events)
             last = self._last(connection, graph).get((profile, calibration))
             if last and last.kind == "alarm":
                 return last
@@ -82,14 +81,18 @@ class Alarms:
 
     def history(self, graph: Graph, limit: int = 100) -> list[DriftEvent]:
         """Newest first."""
-        query = sa.select(drift_events).where(*_of(graph))
+        query = sa.select(drift_events).where(*graph.rows_of(drift_events))
         query = query.order_by(drift_events.c.id.desc()).limit(limit)
         with self._database.read() as connection:
             return [_event(row) for row in connection.execute(query)]
 
     def _last(self, connection: sa.Connection, graph: Graph) -> dict[tuple[str, str], DriftEvent]:
         c = drift_events.c
-        newest = sa.select(sa.func.max(c.id)).where(*_of(graph)).group_by(c.profile, c.calibration)
+        newest = (
+            sa.select(sa.func.max(c.id))
+            .where(*graph.rows_of(drift_events))
+            .group_by(c.profile, c.calibration)
+        )
         rows = connection.execute(sa.select(drift_events).where(c.id.in_(newest)))
         return {(row.profile, row.calibration): _event(row) for row in rows}
 
@@ -104,14 +107,10 @@ def _event(row: Any) -> DriftEvent:
     return DriftEvent(
         at=row.at,
         by=row.by,
-        graph=Graph(row.model, row.version, row.digest),
+        graph=Graph.of(row),
         profile=row.profile,
         calibration=row.calibration,
         kind=row.kind,
         images=row.images,
         statistic=row.statistic,
     )
-
-
-def _of(graph: Graph) -> list[sa.ColumnElement[bool]]:
-    return [drift_events.c[name] == value for name, value in vars(graph).items()]

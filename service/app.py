@@ -23,6 +23,7 @@ from service.alarms import Alarms
 from service.calibrator import Calibrator
 from service.database import Database
 from service.edge import (
+    BINARY,
     CLIENT_CLOSED_REQUEST,
     Deadline,
     Digest,
@@ -55,11 +56,10 @@ from service.trace import Trace
 from service.watch import Watch
 
 FOLLOW_S = 5.0  # for a question to the database that is under way when the service stops
-_IMAGE_BYTES = {"schema": {"type": "string", "format": "binary"}}
 INSPECT_BODY = {
     "required": True,
     "content": {
-        "image/*": _IMAGE_BYTES,
+        "image/*": BINARY,
         "multipart/form-data": {
             "schema": {
                 "type": "object",
@@ -141,7 +141,7 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
         response_model=Inspection,
         openapi_extra={"requestBody": INSPECT_BODY},
         responses={
-            200: {"content": {"image/png": _IMAGE_BYTES, "image/jpeg": _IMAGE_BYTES}},
+            200: {"content": {"image/png": BINARY, "image/jpeg": BINARY}},
             **problems(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
         },
     )

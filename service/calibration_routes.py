@@ -8,8 +8,10 @@ from service import uploads
 from service.archives import CONTENT_TYPES
 from service.calibrator import Activate, Calibrator, Promise
 from service.edge import (
+    BINARY,
     Deadline,
     Digest,
+    Limit,
     ModelName,
     Profile,
     StrictRoute,
@@ -41,10 +43,9 @@ _FORM = {
         },
     }
 }
-_ARCHIVE = {"schema": {"type": "string", "format": "binary"}}
 SAMPLES_BODY = {
     "required": True,
-    "content": {"multipart/form-data": _FORM, **dict.fromkeys(CONTENT_TYPES, _ARCHIVE)},
+    "content": {"multipart/form-data": _FORM, **dict.fromkeys(CONTENT_TYPES, BINARY)},
 }
 
 Id = Annotated[str, Path(pattern="^[a-z0-9_]{1,64}$")]
@@ -66,7 +67,6 @@ Activation = Annotated[
         "stand apart from the others, as defects would"
     ),
 ]
-Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 def router(
@@ -193,7 +193,7 @@ def router(
     @router.get(
         "/v1/calibrations/{id}/samples/{sha256}/heatmap",
         response_class=Response,
-        responses={200: {"content": {"image/png": _ARCHIVE}}, **problems(404, 409, 422, 503)},
+        responses={200: {"content": {"image/png": BINARY}}, **problems(404, 409, 422, 503)},
     )
     async def heatmap(id: Id, sha256: Sha256) -> Response:
         """Where a sample scored high; kept for the highest ones."""

@@ -47,6 +47,15 @@ class UtcTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+def _graph() -> tuple[sa.Column[Any], ...]:
+    """The columns that name a graph, as `store.Graph` does."""
+    return (
+        sa.Column("model", sa.String(64), nullable=False),
+        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+    )
+
+
 metadata = sa.MetaData()
 
 calibrations = sa.Table(
@@ -55,9 +64,7 @@ calibrations = sa.Table(
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("created", UtcTime, nullable=False),
     sa.Column("created_by", sa.String(64), nullable=False),
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
+    *_graph(),
     sa.Column("profile", sa.String(64), nullable=False),  # "": the model's own
     sa.Column("source", sa.String(32)),  # the calibration whose samples it began with
     # All that follows is null until it is finished, and never changes afterwards.
@@ -104,9 +111,7 @@ activations = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", UtcTime, nullable=False),
     sa.Column("by", sa.String(64), nullable=False),
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
+    *_graph(),
     sa.Column("profile", sa.String(64), nullable=False),
     sa.Column("calibration", sa.String(32), sa.ForeignKey("calibrations.id")),  # null: bundle's
     sa.Column("rolls_back", sa.Boolean, nullable=False),
@@ -123,9 +128,7 @@ inspections = sa.Table(
     sa.Column("at", UtcTime, nullable=False),
     sa.Column("request_id", sa.String(128), nullable=False),
     sa.Column("by", sa.String(64), nullable=False),
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
+    *_graph(),
     sa.Column("calibration", sa.String(32)),  # null: the model had none
     sa.Column("profile", sa.String(64), nullable=False),  # "": none was named
     sa.Column("sha256", sa.String(64), nullable=False),  # of the bytes that were sent
@@ -174,9 +177,7 @@ drift_events = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", UtcTime, nullable=False),
     sa.Column("by", sa.String(64), nullable=False),  # "": the test itself
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
+    *_graph(),
     sa.Column("profile", sa.String(64), nullable=False),
     sa.Column("calibration", sa.String(32), nullable=False),  # "bundle": its own
     sa.Column("kind", sa.String(8), nullable=False),
@@ -192,9 +193,7 @@ model_activations = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", UtcTime, nullable=False),
     sa.Column("by", sa.String(64), nullable=False),
-    sa.Column("model", sa.String(64), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("digest", sa.String(64), nullable=False),
+    *_graph(),
     sa.Column("rolls_back", sa.Boolean, nullable=False),
     sa.Index("model_activations_by_model", "model"),
 )
@@ -307,13 +306,16 @@ class Database:
         if connection.dialect.name == "postgresql":  # replicas that start together take turns
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        if not sa.inspect(connection).get_table_names():
+        tables = sa.inspect(connection).get_table_names()
+        if not tables:
             log.warning(
                 "new database %s: no calibrations yet, every model starts with its bundle's own "
                 "threshold",
                 self.shown,
             )
-        found = _revision(connection)
+        found: str | None = None
+        if "alembic_version" in tables:
+            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
         if found is not None and found > _NEWEST:
             raise SettingsError(
                 f"database {self.shown}: a newer version of the service made it ({found}; this one "
@@ -324,11 +326,11 @@ class Database:
             log.info("database %s: migrated from %s to %s", self.shown, found or "none", _NEWEST)
 
 
-def _revision(connection: sa.Connection) -> str | None:
-    if not sa.inspect(connection).has_table("alembic_version"):
-        return None
-    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    return found
+def lock(connection: sa.Connection, table: sa.Table) -> None:
+    """Nobody else writes to the table before this transaction ends, which decides by what it has.
+    A writer of SQLite is alone anyhow."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
 
 def _upgrade(connection: sa.Connection) -> None:
@@ -364,8 +366,7 @@ def _parsed(url: str) -> sa.URL:
 
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
-        if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
         engine = sa.create_engine(url, connect_args={"timeout": _BUSY_S})
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)

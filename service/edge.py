@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -28,6 +28,10 @@ PROBLEM_JSON = "application/problem+json"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
 ANONYMOUS = "anonymous"
 
+BINARY = {"schema": {"type": "string", "format": "binary"}}  # a body, in OpenAPI
+
+Name = Annotated[str, Path(pattern=NAME_PATTERN)]  # of a model, in a path
+Limit = Annotated[int, Query(ge=1, le=1000)]
 ModelName = Annotated[
     str | None, Query(pattern=NAME_PATTERN, description="needless where there is only one")
 ]

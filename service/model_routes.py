@@ -6,8 +6,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from service import uploads
-from service.bundle import NAME_PATTERN
-from service.edge import Digest, StrictRoute, caller, problems, within
+from service.edge import BINARY, Digest, Name, StrictRoute, caller, problems, within
 from service.intake import Intake
 from service.registry import Registry
 from service.rollouts import Rollouts
@@ -16,14 +15,13 @@ from service.settings import Settings
 
 HISTORY = 100  # activations that are told with a model
 
-Name = Annotated[str, Path(pattern=NAME_PATTERN)]
 Version = Annotated[int, Path(ge=1, lt=2**31)]
 LOADS = problems(404, 409, 422, 429, 500, 503, 504)
 
 
 BUNDLE_BODY = {
     "required": True,
-    "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+    "content": {"application/zip": BINARY},
 }
 
 

@@ -256,7 +256,7 @@ class Registry:
             serving = self._active.get(name)
             pinned = await asyncio.to_thread(self._pinned, serving)
             write = partial(self._rollouts.activate, model.graph, by=by, serving=pinned)
-            await self._change(model, write)
+            await self._change(name, write)
         return model, serving
 
     async def roll_back(self, name: str, *, by: str) -> tuple[Model, Graph | None]:
@@ -269,7 +269,7 @@ class Registry:
             to = await asyncio.to_thread(self._rollouts.previous, name)
             model = await self._had(name, to.version, to.digest)
             serving = self._active.get(name)
-            await self._change(model, partial(self._rollouts.roll_back, to, by=by))
+            await self._change(name, partial(self._rollouts.roll_back, to, by=by))
         return model, serving
 
     async def _had(self, name: str, version: int, digest: str | None = None) -> Model:
@@ -294,12 +294,12 @@ class Registry:
         if serving is not None:
             await asyncio.to_thread(self._rollouts.pin, serving, by=by)
 
-    async def _change(self, model: Model, write: Callable[[], None]) -> None:
+    async def _change(self, name: str, write: Callable[[], None]) -> None:
         """Write what is decided of a model and take it up, even where the caller leaves."""
 
         async def change() -> None:
             await asyncio.to_thread(write)
-            await self._take_up_now(model.name)
+            await self._take_up_now(name)
 
         await asyncio.shield(change())
 
@@ -421,17 +421,12 @@ class Registry:
                     f"POST /v1/calibrate?model={name}&version={version} first"
                 )
             await self.pin(name, by=by)
-            await self._change(model, partial(self._rollouts.set_shadow, model.graph, by=by))
+            await self._change(name, partial(self._rollouts.set_shadow, model.graph, by=by))
 
     async def end_shadow(self, name: str, *, by: str) -> None:
         """Raises UnknownModel where there is none."""
         await self.shadow(name)
-
-        async def change() -> None:
-            await asyncio.to_thread(self._rollouts.end_shadow, name, by=by)
-            await self._take_up_now(name)
-
-        await asyncio.shield(change())
+        await self._change(name, partial(self._rollouts.end_shadow, name, by=by))
 
     async def shadow(self, name: str) -> tuple[Candidate, dict[str, Tally]]:
         """What is tried beside a model, and what all replicas counted of it, by outcome.

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.database import Database, model_activations, model_shadows, shadow_counts
+from service.database import Database, lock, model_activations, model_shadows, shadow_counts
 from service.errors import ModelInUse, NothingToRollBack
 from service.store import Graph, standing
 
@@ -68,9 +68,9 @@ class Rollouts:
 
     def wanted(self) -> Rollout:
         with self._database.read() as connection:
-            active = {row.model: _graph(row) for row in _latest(connection, model_activations)}
+            active = {row.model: Graph.of(row) for row in _latest(connection, model_activations)}
             shadows = {
-                row.model: Candidate(row.id, row.at, row.by, _graph(row))
+                row.model: Candidate(row.id, row.at, row.by, Graph.of(row))
                 for row in _latest(connection, model_shadows)
                 if row.version is not None
             }
@@ -82,13 +82,13 @@ class Rollouts:
         `serving` is what served so far: without it, nobody could roll back to what no row names.
         """
         with self._database.write() as connection:
-            _lock(connection)
+            lock(connection, model_activations)
             self._activate(connection, graph, by, serving)
 
     def pin(self, serving: Graph, *, by: str) -> None:
         """Keep what serves where nobody decided yet: the next start would take the newest."""
         with self._database.write() as connection:
-            _lock(connection)
+            lock(connection, model_activations)
             if not _rows(connection, serving.model):
                 _add(connection, model_activations, by, **vars(serving), rolls_back=False)
 
@@ -103,7 +103,7 @@ class Rollouts:
         Raises NothingToRollBack, or ModelInUse where something else was before by now.
         """
         with self._database.write() as connection:
-            _lock(connection)
+            lock(connection, model_activations)
             if _previous(connection, to.model) != to:
                 raise ModelInUse(f"somebody changed which version of {to.model} serves meanwhile")
             self._activate(connection, to, by, None, rolls_back=True)
@@ -118,7 +118,7 @@ class Rollouts:
         )
         with self._database.read() as connection:
             return [
-                ModelActivation(row.at, row.by, _graph(row), row.rolls_back)
+                ModelActivation(row.at, row.by, Graph.of(row), row.rolls_back)
                 for row in connection.execute(query)
             ]
 
@@ -169,12 +169,6 @@ class Rollouts:
             _add(connection, model_shadows, by, model=graph.model)
 
 
-def _lock(connection: sa.Connection) -> None:
-    """Two who decide at once take turns; in SQLite all writers do."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(sa.text("LOCK TABLE model_activations IN SHARE ROW EXCLUSIVE MODE"))
-
-
 def _add(connection: sa.Connection, table: sa.Table, by: str, **values: object) -> None:
     connection.execute(table.insert().values(at=datetime.now(UTC), by=by, **values))
 
@@ -192,12 +186,8 @@ def _rows(connection: sa.Connection, model: str) -> list[Any]:
 
 
 def _previous(connection: sa.Connection, model: str) -> Graph:
-    changes = [(_graph(row), bool(row.rolls_back)) for row in _rows(connection, model)]
+    changes = [(Graph.of(row), bool(row.rolls_back)) for row in _rows(connection, model)]
     stack = standing(changes[1:], changes[0][0]) if changes else []
     if len(stack) < 2:
         raise NothingToRollBack(f"no other version of {model} served before")
     return stack[-2]
-
-
-def _graph(row: Any) -> Graph:
-    return Graph(row.model, row.version, row.digest)

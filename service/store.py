@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from service.calibration import Calibration
 from service.contamination import Tail
-from service.database import Database, activations, calibrations, samples
+from service.database import Database, activations, calibrations, lock, samples
 from service.errors import (
     CalibrationFinished,
     CalibrationInUse,
@@ -37,6 +37,15 @@ class Graph:
     model: str
     version: int
     digest: str
+
+    @classmethod
+    def of(cls, row: Any) -> "Graph":
+        """That of a table's row."""
+        return cls(row.model, row.version, row.digest)
+
+    def rows_of(self, table: sa.Table) -> list[sa.ColumnElement[bool]]:
+        """The condition for its rows of a table."""
+        return [table.c[name] == value for name, value in vars(self).items()]
 
 
 @dataclass(frozen=True)
@@ -264,11 +273,11 @@ class Store:
         Raises UnknownCalibration, or CalibrationFinished where it isn't.
         """
         with self._database.write() as connection:
-            _lock_activations(connection)  # before the row, as whoever rolls back does
+            lock(connection, activations)  # before the row, as whoever rolls back does
             row = _locked(connection, id)
             if row.finished is None:
                 raise CalibrationFinished(f"calibration {id} is open: finish it first")
-            _activate(connection, _graph(row), row.profile, id, by)
+            _activate(connection, Graph.of(row), row.profile, id, by)
 
     def deactivate(self, graph: Graph, profile: str = "", *, by: str) -> None:
         """Leaves a graph's profile without a calibration of its own.
@@ -276,8 +285,8 @@ class Store:
         Raises NothingToRollBack for a profile that has none: it may be misspelt.
         """
         with self._database.write() as connection:
-            _lock_activations(connection)
-            in_force = connection.execute(_latest().where(*_of(activations, graph))).all()
+            lock(connection, activations)
+            in_force = connection.execute(_latest().where(*graph.rows_of(activations))).all()
             if profile and profile not in {row.profile for row in in_force if row.calibration}:
                 raise NothingToRollBack(
                     f"profile {profile} of {graph.model} version {graph.version} has no "
@@ -291,7 +300,7 @@ class Store:
         Raises NothingToRollBack.
         """
         with self._database.write() as connection:
-            _lock_activations(connection)
+            lock(connection, activations)
             stack = _standing(connection, graph, profile)
             if len(stack) < 2:
                 raise NothingToRollBack(
@@ -307,7 +316,7 @@ class Store:
         Raises UnknownCalibration, or CalibrationInUse where it is in force.
         """
         with self._database.write() as connection:
-            _lock_activations(connection)
+            lock(connection, activations)
             row = _locked(connection, id)
             if row.finished is None:
                 connection.execute(calibrations.delete().where(calibrations.c.id == id))
@@ -323,7 +332,7 @@ class Store:
     def active(self, graph: Graph) -> dict[str, str]:
         """Ids of the calibrations in force for a graph, by profile."""
         with self._database.read() as connection:
-            rows = connection.execute(_latest().where(*_of(activations, graph)))
+            rows = connection.execute(_latest().where(*graph.rows_of(activations)))
             return {row.profile: row.calibration for row in rows if row.calibration is not None}
 
     def calibration(self, id: str) -> Calibration:
@@ -351,7 +360,7 @@ class Store:
         with self._database.read() as connection:
             return [
                 Activation(
-                    row.at, row.by, _graph(row), row.profile, row.calibration, row.rolls_back
+                    row.at, row.by, Graph.of(row), row.profile, row.calibration, row.rolls_back
                 )
                 for row in connection.execute(query)
             ]
@@ -396,14 +405,6 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _of(table: sa.Table, graph: Graph) -> list[sa.ColumnElement[bool]]:
-    return [table.c[name] == value for name, value in vars(graph).items()]
-
-
-def _graph(row: Any) -> Graph:
-    return Graph(row.model, row.version, row.digest)
-
-
 def _is_sample(id: str, sha256: str) -> list[sa.ColumnElement[bool]]:
     return [samples.c.calibration == id, samples.c.sha256 == sha256]
 
@@ -442,7 +443,7 @@ def _open(
 
 def _copy_samples(connection: sa.Connection, source: str, id: str, graph: Graph) -> None:
     row = _row(connection, source)
-    if _graph(row) != graph:
+    if Graph.of(row) != graph:
         raise InvalidParameter(
             f"calibration {source} is of {row.model} version {row.version} ({row.digest[:12]}…), "
             "whose scores say nothing about another graph"
@@ -479,7 +480,7 @@ def _finish(connection: sa.Connection, id: str, make: Finisher, by: str) -> None
     )
     if made.activate:
         row = _row(connection, id)
-        _activate(connection, _graph(row), row.profile, id, by)
+        _activate(connection, Graph.of(row), row.profile, id, by)
 
 
 def _get(connection: sa.Connection, id: str) -> StoredCalibration:
@@ -503,7 +504,7 @@ def _stored(row: Any, active: set[str]) -> StoredCalibration:
         id=row.id,
         created=row.created,
         created_by=row.created_by,
-        graph=_graph(row),
+        graph=Graph.of(row),
         profile=row.profile,
         source=row.source,
         finish=finish,
@@ -537,12 +538,6 @@ def _activate(
     connection.execute(activations.insert().values(calibration=id, **changed, **vars(graph)))
 
 
-def _lock_activations(connection: sa.Connection) -> None:
-    """Nobody activates anything before this transaction ends, which decides by what is in force."""
-    if connection.dialect.name == "postgresql":  # a writer of SQLite is alone
-        connection.execute(sa.text("LOCK TABLE activations IN SHARE ROW EXCLUSIVE MODE"))
-
-
 def _standing(connection: sa.Connection, graph: Graph, profile: str) -> list[str | None]:
     """What was put in force and not rolled back since, oldest first; first of all the bundle's own.
 
@@ -551,7 +546,7 @@ def _standing(connection: sa.Connection, graph: Graph, profile: str) -> list[str
     query = (
         sa.select(activations.c.calibration, activations.c.rolls_back, calibrations.c.deleted)
         .join(calibrations, activations.c.calibration == calibrations.c.id, isouter=True)
-        .where(*_of(activations, graph), activations.c.profile == profile)
+        .where(*graph.rows_of(activations), activations.c.profile == profile)
         .order_by(activations.c.id)
     )
     changes = [

@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, ValidationError
 from service import exports, uploads
 from service.bundle import NAME_PATTERN
 from service.calibration import Decision
-from service.edge import Profile, StrictRoute, caller, problems
+from service.edge import BINARY, Limit, Name, Profile, StrictRoute, caller, problems
 from service.errors import ImageNotKept, UnknownInspection, UnknownModel
 from service.feedback import summaries
 from service.image_archive import ImageArchive
@@ -34,13 +34,11 @@ EXPORTED_TOGETHER = 1000  # inspections in memory at a time
 MAX_FEEDBACK_BYTES = 16 * 2**10
 
 Id = Annotated[str, Path(pattern=ID_PATTERN)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="of the image's bytes")]
 OfProfile = Annotated[Profile | None, Query(description="of this profile alone; empty: of none")]
 OfVersion = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="of this version alone")]
 Moment = AwareDatetime | None
 Score = Annotated[float | None, Query(allow_inf_nan=False)]
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _filter(
@@ -104,7 +102,7 @@ def router(
         "/v1/inspections/export",
         response_class=Response,
         responses={
-            200: {"content": {media_type: _BINARY for media_type in exports.MEDIA_TYPES.values()}},
+            200: {"content": {media_type: BINARY for media_type in exports.MEDIA_TYPES.values()}},
             **problems(422, 503),
         },
     )
@@ -140,7 +138,7 @@ def router(
     @router.get(
         "/v1/inspections/{id}/image",
         response_class=Response,
-        responses={200: {"content": {"image/*": _BINARY}}, **problems(404, 422, 503)},
+        responses={200: {"content": {"image/*": BINARY}}, **problems(404, 422, 503)},
     )
     def image(id: Id) -> Response:
         """The picture that was inspected, byte by byte, where the archive has it."""
@@ -176,7 +174,7 @@ def router(
 
     @router.get("/v1/models/{name}/feedback", responses=problems(404, 422, 503))
     def model_feedback(
-        name: Annotated[str, Path(pattern=NAME_PATTERN)],
+        name: Name,
         version: OfVersion = None,
         profile: OfProfile = None,
     ) -> list[ModelFeedback]:

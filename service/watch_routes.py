@@ -1,20 +1,16 @@
 """The routes of drift: whether a model's images still score as its calibration's did."""
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 
-from service.bundle import NAME_PATTERN
-from service.edge import Profile, StrictRoute, Version, caller, problems, within
+from service.edge import Name, Profile, StrictRoute, Version, caller, problems, within
 from service.errors import NothingWatched
 from service.model import Model
 from service.registry import Registry
 from service.schemas import DriftOut
 from service.settings import Settings
 from service.watch import Report, Watch
-
-Name = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 
 def router(registry: Registry, watch: Watch, settings: Settings) -> APIRouter:

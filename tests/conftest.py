@@ -7,7 +7,6 @@ picture is an anomaly of known score, place and size. It is run by the real ONNX
 import io
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import uuid
@@ -42,6 +41,7 @@ from service.database import Database
 from service.image import digest
 from service.inspections import Record, first_id
 from service.settings import Settings
+from training.rehearsal import free_port
 
 # `apt-get install postgresql` puts them where no PATH looks.
 POSTGRESQL = sorted(
@@ -57,9 +57,7 @@ class PostgreSql:
     def __init__(self, binaries: Path) -> None:
         self._binaries = binaries
         self._folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         # It refuses to run as root; the package made a user for it.
         self._as = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         if self._as:

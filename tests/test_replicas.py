@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import PostgreSql, encoded, normal_pictures, picture
-from test_serve import Server, free_port, wait_for
+from test_serve import Server, wait_for
 
 from service.bundle import Bundle
+from training.rehearsal import free_port
 
 Write = Callable[..., Bundle]
 PICTURE = encoded(picture())

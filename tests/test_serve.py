@@ -28,6 +28,7 @@ from conftest import (
 
 from bench.processes import resident_mb
 from service.bundle import Bundle
+from training.rehearsal import free_port
 
 ROOT = Path(__file__).parent.parent
 Write = Callable[..., Bundle]
@@ -83,12 +84,6 @@ class Server:
         self.client.close()
         self.process.send_signal(number)
         return self.process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def received(connection: socket.socket) -> bytes:
