@@ -122,14 +122,14 @@ def router(
                 description="begin with the samples of this calibration",
             ),
         ] = None,
-    ) -> CalibrationOut:
+    ) -> CalibrationDetail:
         """Open a calibration, to be filled in as many requests as it takes, and then finished."""
         async with within(settings.request_timeout_s):
             chosen = await registry.get(model, version, digest)
             opened = await calibrator.open(
                 chosen, profile=profile, source=source, by=caller(request)
             )
-        return CalibrationOut.of(opened)
+        return CalibrationDetail.of_examined(opened)
 
     @router.post(
         "/v1/calibrations/{id}/samples",

@@ -155,11 +155,14 @@ class Calibrator:
         scored.mark_duplicates(taken)
         return await self._finished(stored.id), scored
 
-    async def open(
-        self, model: Model, *, profile: str, source: str | None, by: str
-    ) -> StoredCalibration:
+    async def open(self, model: Model, *, profile: str, source: str | None, by: str) -> Examined:
         """A calibration to be filled, with the samples of `source` if it names one."""
-        return await asyncio.to_thread(self._store.open, model.graph, profile, by=by, source=source)
+
+        def open() -> Examined:
+            opened = self._store.open(model.graph, profile, by=by, source=source)
+            return self._examine(opened.id)
+
+        return await asyncio.to_thread(open)
 
     async def add_samples(self, id: str, images: Images) -> tuple[Counts, Scored]:
         """Scores images into an open calibration, and counts its samples then; those that it has

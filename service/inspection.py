@@ -137,7 +137,8 @@ class Inspector:
         if self._trace:
             self._trace.record(inspected.inspection, data, by)
         if calibration is not None and (shadow := self._shadow_of(model)) is not None:
-            seen = Seen(data, decoded.resized, profile, answer.prediction.score, calibration)
+            id, score = inspected.inspection.id, answer.prediction.score
+            seen = Seen(id, data, decoded.resized, profile, score, calibration)
             shadow.offer(seen, self._workers)
         return inspected
 

@@ -59,6 +59,7 @@ class Filter:
     version: int | None = None
     profile: str | None = None  # "": none was named
     decision: Decision | None = None
+    label: Decision | None = None  # that was given last
     calibration: str | None = None
     request_id: str | None = None
     sha256: str | None = None
@@ -220,14 +221,17 @@ def first_id(moment: datetime) -> str:
 
 def _select() -> sa.Select[Any]:
     """Rows with the label that was given last."""
-    label = (
+    return sa.select(*inspections.c, _last_label())
+
+
+def _last_label() -> sa.ScalarSelect[Any]:
+    return (
         sa.select(feedback.c.label)
         .where(feedback.c.inspection == inspections.c.id)
         .order_by(feedback.c.id.desc())
         .limit(1)
         .scalar_subquery()
     )
-    return sa.select(*inspections.c, label)
 
 
 def _conditions(filter: Filter) -> Iterator[sa.ColumnElement[bool]]:
@@ -237,6 +241,9 @@ def _conditions(filter: Filter) -> Iterator[sa.ColumnElement[bool]]:
         value = getattr(filter, name)
         if value is not None:
             yield c[name] == value
+    if filter.label is not None:  # few have any: those are looked up first
+        yield c.id.in_(sa.select(feedback.c.inspection).where(feedback.c.label == filter.label))
+        yield _last_label() == filter.label
     if filter.since is not None:
         yield c.id >= first_id(filter.since)
     if filter.until is not None:

@@ -71,14 +71,14 @@ def router(registry: Registry, rollouts: Rollouts, intake: Intake, settings: Set
         """Let a version answer, from the next request on. It is loaded, warmed up and checked
         beside the one that serves, which goes on where anything fails."""
         async with within(settings.load_timeout_s):
-            return Activated.of(*await registry.activate(name, version, by=caller(request)))
+            return Activated.of(await registry.activate(name, version, by=caller(request)))
 
     @router.post("/v1/models/{name}/roll-back", responses=LOADS)
     async def roll_back(name: Name, request: Request) -> Activated:
         """Let the version answer that did before the last activation; once more, one step
         further."""
         async with within(settings.load_timeout_s):
-            return Activated.of(*await registry.roll_back(name, by=caller(request)))
+            return Activated.of(await registry.roll_back(name, by=caller(request)))
 
     @router.post("/v1/models/{name}/versions/{version}/load", responses=LOADS)
     async def load(name: Name, version: Version) -> ModelOut:
@@ -109,7 +109,8 @@ def router(registry: Registry, rollouts: Rollouts, intake: Intake, settings: Set
 
     @router.get("/v1/models/{name}/shadow", responses=problems(404, 422, 503))
     async def shadow(name: Name) -> ShadowOut:
-        """What the version that is tried decided otherwise than the active one."""
+        """What the version that is tried, or was last, decided otherwise than the active one. The
+        log names each inspection that it did of."""
         return ShadowOut.of(*await registry.shadow(name))
 
     @router.delete("/v1/models/{name}/shadow", status_code=204, responses=problems(404, 422, 503))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,15 @@ from service.store import Graph, Store
 log = logging.getLogger(__name__)
 
 _SILENT_S = 15.0  # beyond the interval, after which a database that hangs is told as away
+
+
+@dataclass(frozen=True)
+class RolledOut:
+    """A version that serves from now on."""
+
+    model: Model
+    replaced: Graph | None
+    left: list[str]  # profiles with a calibration of what was replaced, and none of this
 
 
 @dataclass(frozen=True)
@@ -245,8 +255,8 @@ class Registry:
         model.calibrations = self._in_force(model)
         self._keep(model)
 
-    async def activate(self, name: str, version: int, *, by: str) -> tuple[Model, Graph | None]:
-        """Let a version serve, once it is loaded, warm and checked; and what served before.
+    async def activate(self, name: str, version: int, *, by: str) -> RolledOut:
+        """Let a version serve, once it is loaded, warm and checked.
 
         Raises as `get`, BundleError, or NotReady where there is no room for it: then nothing
         changes.
@@ -257,9 +267,9 @@ class Registry:
             pinned = await asyncio.to_thread(self._pinned, serving)
             write = partial(self._rollouts.activate, model.graph, by=by, serving=pinned)
             await self._change(name, write)
-        return model, serving
+        return await self._rolled_out(model, pinned)
 
-    async def roll_back(self, name: str, *, by: str) -> tuple[Model, Graph | None]:
+    async def roll_back(self, name: str, *, by: str) -> RolledOut:
         """Let serve what did before the last activation that still stands, as `activate` does.
 
         Raises NothingToRollBack as well; again and again it goes back one step each.
@@ -270,7 +280,11 @@ class Registry:
             model = await self._had(name, to.version, to.digest)
             serving = self._active.get(name)
             await self._change(name, partial(self._rollouts.roll_back, to, by=by))
-        return model, serving
+        return await self._rolled_out(model, serving)
+
+    async def _rolled_out(self, model: Model, replaced: Graph | None) -> RolledOut:
+        before = await asyncio.to_thread(self._store.active, replaced) if replaced else {}
+        return RolledOut(model, replaced, sorted(before.keys() - model.calibrations.keys() - {""}))
 
     async def _had(self, name: str, version: int, digest: str | None = None) -> Model:
         """A version that every start would find as it is; raises as `get`."""
@@ -425,20 +439,24 @@ class Registry:
 
     async def end_shadow(self, name: str, *, by: str) -> None:
         """Raises UnknownModel where there is none."""
-        await self.shadow(name)
+        _, until, _ = await self.shadow(name)
+        if until is not None:
+            raise UnknownModel(f"model {name!r} has no shadow since {until:%Y-%m-%d %H:%M:%S} UTC")
         await self._change(name, partial(self._rollouts.end_shadow, name, by=by))
 
-    async def shadow(self, name: str) -> tuple[Candidate, dict[str, Tally]]:
-        """What is tried beside a model, and what all replicas counted of it, by outcome.
+    async def shadow(self, name: str) -> tuple[Candidate, datetime | None, dict[str, Tally]]:
+        """What is tried beside a model, or was last and until when, and what all replicas counted
+        of it, by outcome.
 
-        Raises UnknownModel where nothing is.
+        Raises UnknownModel where nothing ever was.
         """
         await self._check_name(name)
-        candidate = (await asyncio.to_thread(self._rollouts.wanted)).shadows.get(name)
-        if candidate is None:
+        last = await asyncio.to_thread(self._rollouts.last_shadow, name)
+        if last is None:
             raise UnknownModel(f"model {name!r} has no shadow")
         await self._shadows.store_counts()
-        return candidate, await asyncio.to_thread(self._rollouts.counts, candidate.id)
+        candidate, until = last
+        return candidate, until, await asyncio.to_thread(self._rollouts.counts, candidate.id)
 
     # What is in memory
 

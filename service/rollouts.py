@@ -25,6 +25,10 @@ class Candidate:
     by: str
     graph: Graph
 
+    @classmethod
+    def of(cls, row: Any) -> "Candidate":
+        return cls(row.id, row.at, row.by, Graph.of(row))
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -70,7 +74,7 @@ class Rollouts:
         with self._database.read() as connection:
             active = {row.model: Graph.of(row) for row in _latest(connection, model_activations)}
             shadows = {
-                row.model: Candidate(row.id, row.at, row.by, Graph.of(row))
+                row.model: Candidate.of(row)
                 for row in _latest(connection, model_shadows)
                 if row.version is not None
             }
@@ -121,6 +125,18 @@ class Rollouts:
                 ModelActivation(row.at, row.by, Graph.of(row), row.rolls_back)
                 for row in connection.execute(query)
             ]
+
+    def last_shadow(self, model: str) -> tuple[Candidate, datetime | None] | None:
+        """What is tried beside a model, or was last, and until when; None: nothing ever."""
+        c = model_shadows.c
+        changes = sa.select(model_shadows).where(c.model == model)
+        begun = changes.where(c.version.is_not(None)).order_by(c.id.desc()).limit(1)
+        with self._database.read() as connection:
+            last = connection.execute(begun).first()
+            if last is None:
+                return None
+            end = connection.execute(changes.where(c.id > last.id).order_by(c.id)).first()
+        return Candidate.of(last), end.at if end else None
 
     def set_shadow(self, graph: Graph, *, by: str) -> None:
         """Try a version beside the active one, in place of another; counting starts anew."""

@@ -15,10 +15,10 @@ from service.feedback import Summary
 from service.heatmap import MediaType
 from service.inspections import Feedback, Found
 from service.model import Model
-from service.registry import Listed
+from service.registry import Listed, RolledOut
 from service.rollouts import Candidate, ModelActivation, Tally
 from service.shadow import COMPARED, OUTCOMES
-from service.store import Activation, Graph, Sample, StoredCalibration
+from service.store import Activation, Sample, StoredCalibration
 from service.watch import Report
 
 ThresholdSource = Literal["calibration", "bundle", "request"]
@@ -399,7 +399,11 @@ class ActivationOut(BaseModel):
     model: ModelReference
     profile: str | None
     calibration: Annotated[
-        str | None, Field(description="null: the bundle's own threshold, or the model's")
+        str | None,
+        Field(description="`bundle`: its own threshold; null: a profile goes by its model's"),
+    ]
+    threshold: Annotated[
+        float | None, Field(description="of the calibration; null: of the bundle, or the model's")
     ]
     rolled_back: Annotated[bool, Field(description="went back to what was before")]
 
@@ -411,7 +415,8 @@ class ActivationOut(BaseModel):
             by=activation.by,
             model=ModelReference(name=graph.model, version=graph.version, digest=graph.digest),
             profile=activation.profile or None,
-            calibration=activation.calibration,
+            calibration=activation.calibration or (None if activation.profile else OWN_CALIBRATION),
+            threshold=activation.threshold,
             rolled_back=activation.rolls_back,
         )
 
@@ -710,9 +715,17 @@ class Activated(BaseModel):
         ThresholdSource | None, Field(description="`bundle`, or `calibration` of this version")
     ]
     calibration: CalibrationReference | None
+    uncalibrated_profiles: Annotated[
+        list[str],
+        Field(
+            description="that had a calibration of their own of the version before, and go by the "
+            "threshold above until they are calibrated anew"
+        ),
+    ]
 
     @classmethod
-    def of(cls, model: Model, replaced: Graph | None) -> "Activated":
+    def of(cls, rolled_out: RolledOut) -> "Activated":
+        model, replaced = rolled_out.model, rolled_out.replaced
         calibration = model.calibration
         source: ThresholdSource | None = None
         if calibration:
@@ -723,6 +736,7 @@ class Activated(BaseModel):
             threshold=calibration.threshold if calibration else None,
             threshold_source=source,
             calibration=CalibrationReference.of(calibration) if calibration else None,
+            uncalibrated_profiles=rolled_out.left,
         )
 
 
@@ -731,6 +745,7 @@ class ShadowOut(BaseModel):
 
     model: ModelReference
     since: datetime
+    until: Annotated[datetime | None, Field(description="null while it is tried")]
     by: str
     same: Annotated[int, Field(description="images on which both decided the same")]
     normal_to_anomalous: Annotated[int, Field(description="that the shadow calls anomalous")]
@@ -743,13 +758,16 @@ class ShadowOut(BaseModel):
     mean_p_value_difference: float | None
 
     @classmethod
-    def of(cls, candidate: Candidate, tallies: dict[str, Tally]) -> "ShadowOut":
+    def of(
+        cls, candidate: Candidate, until: datetime | None, tallies: dict[str, Tally]
+    ) -> "ShadowOut":
         graph = candidate.graph
         compared = sum((tallies.get(outcome, Tally()) for outcome in COMPARED), Tally())
         images = compared.images
         return cls(
             model=ModelReference(name=graph.model, version=graph.version, digest=graph.digest),
             since=candidate.at,
+            until=until,
             by=candidate.by,
             mean_score_difference=compared.score_difference / images if images else None,
             mean_p_value_difference=compared.p_value_difference / images if images else None,

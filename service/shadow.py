@@ -32,6 +32,7 @@ OUTCOMES = (*COMPARED, "failed", "dropped")
 class Seen:
     """An image that the active version has answered."""
 
+    id: str  # of its inspection
     data: bytes  # encoded, as it was sent
     resized: np.ndarray  # uint8 (h, w, 3) at the active version's size
     profile: str
@@ -108,6 +109,8 @@ class Shadow:
         assert theirs is not None  # a version without a threshold can't become a shadow
         before, after = decide(seen.score, ours.threshold), decide(score, theirs.threshold)
         outcome = "same" if before == after else f"{before}_to_{after}"
+        if before != after:
+            log.info("%s is %s by its shadow, %s version %d", seen.id, after, *self.model.key)
         scores = abs(score / theirs.threshold - seen.score / ours.threshold)
         p_values = abs(theirs.p_value(score) - ours.p_value(seen.score))
         self._metrics.shadow_score_difference.labels(self.model.name).observe(scores)

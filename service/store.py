@@ -100,6 +100,7 @@ class Activation:
     graph: Graph
     profile: str
     calibration: str | None  # None: the bundle's own threshold, or the model's for a profile
+    threshold: float | None  # of the calibration
     rolls_back: bool
 
 
@@ -354,13 +355,24 @@ class Store:
 
     def history(self, model: str | None = None, limit: int = 100) -> list[Activation]:
         """Changes of what is in force, newest first."""
-        query = sa.select(activations).order_by(activations.c.id.desc()).limit(limit)
+        query = (
+            sa.select(activations, calibrations.c.threshold)
+            .join(calibrations, activations.c.calibration == calibrations.c.id, isouter=True)
+            .order_by(activations.c.id.desc())
+            .limit(limit)
+        )
         if model is not None:
             query = query.where(activations.c.model == model)
         with self._database.read() as connection:
             return [
                 Activation(
-                    row.at, row.by, Graph.of(row), row.profile, row.calibration, row.rolls_back
+                    row.at,
+                    row.by,
+                    Graph.of(row),
+                    row.profile,
+                    row.calibration,
+                    row.threshold,
+                    row.rolls_back,
                 )
                 for row in connection.execute(query)
             ]

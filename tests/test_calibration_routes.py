@@ -233,7 +233,9 @@ def test_a_defect_is_excluded_in_a_new_one_without_scoring_anything_again(
     suspect = made["outliers"][0]["sha256"]
     scored = re.findall(r"skrd4ad_batch_size_sum (\S+)", client.get("/metrics").text)
 
-    id = open_one(client, source=made["id"])
+    opened = client.post("/v1/calibrations", params={"source": made["id"]}).json()
+    id = opened["id"]
+    assert (opened["state"], opened["samples"]) == ("open", made["samples"])
     excluded = client.post(f"/v1/calibrations/{id}/samples/{suspect}/exclude").json()
     finished = finish(client, id).json()
 
@@ -401,7 +403,9 @@ def test_every_change_is_told_with_who_and_when(client: TestClient, caplog) -> N
         False,
         "anonymous",
     )
-    assert (back["calibration"], back["rolled_back"]) == (None, True)
+    assert forth["threshold"] == made["threshold"]
+    assert (back["calibration"], back["rolled_back"]) == ("bundle", True)
+    assert back["threshold"] is None
     assert forth["at"] < back["at"]
     told = [record.getMessage() for record in caplog.records if made["id"] in record.getMessage()]
     assert any(f"threshold {made['threshold']:.4f} from {made['id']}" in line for line in told)

@@ -183,6 +183,17 @@ def test_the_last_word_counts_and_all_are_kept(table: Inspections) -> None:
     assert table.get(record(2).id).label is None
 
 
+def test_labels_are_filtered_by_the_last_word(table: Inspections) -> None:
+    table.add([record(number) for number in range(4)])
+    table.label(record(1).id, "anomalous", "", by="a")
+    table.label(record(2).id, "anomalous", "", by="a")
+    table.label(record(2).id, "normal", "", by="a")
+    table.label(record(2).id, "normal", "once more", by="a")
+
+    assert ids(table.newest(Filter(label="anomalous"), 10)) == [record(1).id]
+    assert ids(table.oldest(Filter(label="normal"), 10)) == [record(2).id]
+
+
 def test_feedback_on_an_inspection_that_is_not_there_is_refused(table: Inspections) -> None:
     with pytest.raises(UnknownInspection):
         table.label(record(1).id, "normal", "", by="a")

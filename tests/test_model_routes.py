@@ -156,6 +156,17 @@ def test_activating_says_the_calibration_of_that_version(later: TestClient) -> N
     assert activated["threshold"] == made["threshold"]
 
 
+def test_activating_names_the_profiles_that_are_left_without_a_calibration(
+    later: TestClient,
+) -> None:
+    for profile, version in (("", 1), ("left", 1), ("right", 1), ("right", 2)):
+        query = {"target_fpr": 0.05, "profile": profile, "version": version}
+        assert calibrate(later, normal_pictures(25), **query).status_code == 201
+
+    assert later.post(ACTIVATE).json()["uncalibrated_profiles"] == ["left"]
+    assert later.post("/v1/models/part/roll-back").json()["uncalibrated_profiles"] == []
+
+
 def test_the_version_that_was_replaced_is_freed_and_still_answers_when_named(
     later: TestClient,
 ) -> None:

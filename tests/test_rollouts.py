@@ -107,8 +107,18 @@ def test_the_last_shadow_counts_until_it_is_ended(rollouts: Rollouts) -> None:
 
     shadow = rollouts.wanted().shadows["part"]
     assert (shadow.graph, shadow.by) == (THIRD, "b")
-    rollouts.end_shadow("part", by="a")
+    assert rollouts.last_shadow("part") == (shadow, None)
+
+    for _ in range(2):  # as two replicas may
+        rollouts.end_shadow("part", by="a")
+
     assert rollouts.wanted().shadows == {}
+    last = rollouts.last_shadow("part")
+    assert last is not None
+    candidate, until = last
+    assert candidate == shadow
+    assert until is not None and until >= shadow.at
+    assert rollouts.last_shadow("gear") is None
 
 
 def test_a_shadow_that_is_activated_is_none_any_more(rollouts: Rollouts) -> None:

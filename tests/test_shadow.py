@@ -1,5 +1,6 @@
 """A version that is tried beside the active one: seen by counters, and by nobody who inspects."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -75,6 +76,19 @@ def test_decisions_are_compared_at_each_ones_own_threshold(tried: TestClient) ->
     assert compared(tried) == 0
     inspect(tried, encoded(picture(0.4)))
     wait_for(lambda: tell(tried)["anomalous_to_normal"] == 1, "not compared")
+
+
+def test_the_log_names_the_inspections_that_a_shadow_decides_otherwise(
+    tried: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="service.shadow")
+    tried.put(SHADOW, params={"version": 2})
+
+    same, other = (inspect(tried, encoded(picture(b))).json()["id"] for b in (0.1, 0.2))
+    wait_for(lambda: compared(tried) == 2, "not compared")
+
+    told = [line for line in caplog.messages if same in line or other in line]
+    assert told == [f"{other} is anomalous by its shadow, part version 2"]
 
 
 def test_a_threshold_of_the_request_changes_no_comparison(tried: TestClient) -> None:
@@ -184,17 +198,24 @@ def test_a_shadow_is_never_unloaded_and_its_end_leaves_it_to_the_others(
 
     assert tried.delete(SHADOW).status_code == 204
 
-    assert_problem(tried.get(SHADOW), 404, "no shadow")
-    assert_problem(tried.delete(SHADOW), 404, "no shadow")
+    assert tell(tried)["until"] >= tell(tried)["since"]
+    assert_problem(tried.delete(SHADOW), 404, "no shadow since")
     assert tried.post("/v1/models/part/versions/2/unload").status_code == 200
 
 
-def test_activating_the_shadow_ends_it(tried: TestClient) -> None:
-    tried.put(SHADOW, params={"version": 2})
+def test_activating_the_shadow_ends_it_and_what_it_counted_is_still_told(
+    tried: TestClient,
+) -> None:
+    assert tried.put(SHADOW, params={"version": 2}).json()["until"] is None
+    inspect(tried, encoded(picture(0.2)))
+    wait_for(lambda: compared(tried) == 1, "not compared")
 
     assert tried.post("/v1/models/part/versions/2/activate").json()["replaced"] == 1
 
-    assert_problem(tried.get(SHADOW), 404, "no shadow")
+    told = tell(tried)
+    assert (told["model"]["version"], told["normal_to_anomalous"]) == (2, 1)
+    assert told["until"] is not None
+    assert_problem(tried.delete(SHADOW), 404, "no shadow since")
     loaded = [each["version"] for each in tried.get("/v1/models").json() if each["loaded"]]
     assert loaded == [2]
 

@@ -172,6 +172,7 @@ def test_a_page_that_holds_exactly_the_rest_is_the_last(
         "limit=1001",
         "after=nonsense",
         "decision=ok",
+        "label=good",
         "since=2026-11-26T12:00:00",  # in which zone?
         "min_score=nan",
         "sha256=short",
