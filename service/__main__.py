@@ -9,10 +9,13 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
+from typing import Any
 
 import uvicorn
 
+from service import key_commands
 from service import settings as service_settings
 from service.app import create_app
 from service.errors import ServiceError, SettingsError
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
-        return int(command(service_settings.load(**arguments)))
+        return int(command(**arguments))
     except ServiceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -50,19 +53,24 @@ def _parser() -> argparse.ArgumentParser:
         serve.add_argument(
             f"--{name.replace('_', '-')}",
             metavar=name.rsplit("_", 1)[-1].upper(),
-            help=f"{field.description} Default: {field.default}",
+            help=field.description
+            if field.default is None
+            else f"{field.description} Default: {field.default}",
         )
     serve.set_defaults(command=_serve)
+    key_commands.add(commands)
     return parser
 
 
-def _serve(settings: Settings) -> int:
+def _serve(**overrides: object) -> int:
+    settings = service_settings.load(**overrides)
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     _allow_many_files()
     return_memory()
     listener = _bind(settings.host, settings.port)  # a taken port fails before models load
+    tls = _tls(settings)
     app = create_app(settings)
     # What is there now stays; without this the collector looks through all of it again and again,
     # a quarter of the event loop's time under load.
@@ -74,15 +82,31 @@ def _serve(settings: Settings) -> int:
         access_log=False,  # `middleware` writes one line for each request, with its id
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s),
+        **tls,
     )
     host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d (API at /docs)", host, port)
+    scheme = "https" if tls else "http"
+    log.info("listening on %s://%s:%d (API at /docs)", scheme, host, port)
     # uvicorn shuts down in order, then raises the signal again for whoever had it before: nobody,
     # so that an orderly stop exits with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    """What uvicorn needs for HTTPS; raises SettingsError where the files are none."""
+    if not (settings.tls_certificate and settings.tls_key):
+        return {}
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except OSError as error:
+        raise SettingsError(
+            f"TLS certificate {settings.tls_certificate} with key {settings.tls_key}: {error}"
+        ) from None
+    return {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
 
 
 def _allow_many_files() -> None:

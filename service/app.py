@@ -1,6 +1,7 @@
 """The service: its parts put together, and the routes that inspect and that tell its state."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from service import (
     uploads,
     watch_routes,
 )
+from service.access import METRICS, Access, needs
 from service.alarms import Alarms
 from service.calibrator import Calibrator
 from service.database import Database
@@ -38,22 +40,25 @@ from service.edge import (
     unless_departed,
     within,
 )
-from service.errors import InvalidParameter
+from service.errors import InvalidParameter, SettingsError
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.image_archive import ImageArchive
 from service.inspection import Inspected, Inspector
 from service.inspections import Inspections
 from service.intake import Intake
+from service.keys import Keyring, Keys
 from service.metrics import Metrics
 from service.middleware import RequestRecord
 from service.registry import Registry
 from service.retention import Retention
 from service.rollouts import Rollouts
 from service.schemas import Inspection, State
-from service.settings import Settings
+from service.settings import Settings, is_loopback
 from service.store import Store
 from service.trace import Trace
 from service.watch import Watch
+
+log = logging.getLogger(__name__)
 
 FOLLOW_S = 5.0  # for a question to the database that is under way when the service stops
 INSPECT_BODY = {
@@ -75,6 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
     """The service, its models loaded and warm; raises ServiceError where they can't be."""
     metrics = Metrics()
     database = Database(settings.database_url)
+    keyring = Keyring(Keys(database), settings.keys_file)
+    _refuse_open_doors(keyring, settings)
     store = Store(database)
     rollouts = Rollouts(database)
     registry = Registry(settings, store, rollouts, metrics)
@@ -96,7 +103,10 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stop = asyncio.Event()
-        following = [asyncio.create_task(registry.follow(stop))]
+        following = [
+            asyncio.create_task(registry.follow(stop)),
+            asyncio.create_task(keyring.follow(stop, settings.sync_interval_s)),
+        ]
         if settings.trace:
             following.append(asyncio.create_task(watch.run(stop)))
         for thread in (archive, trace, retention):
@@ -119,6 +129,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
     )
+    app.add_middleware(Access, keyring=keyring, open_metrics=settings.open_metrics)
     app.add_middleware(RequestRecord, metrics=metrics)
     add_errors(app)
     app.include_router(_inspection(registry, inspector, settings))
@@ -133,6 +144,22 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def _refuse_open_doors(keyring: Keyring, settings: Settings) -> None:
+    """Raises SettingsError where everybody on the network could do everything, unasked."""
+    if keyring.closed or is_loopback(settings.host):
+        return
+    if not settings.allow_anonymous:
+        raise SettingsError(
+            f"host {settings.host} is reachable from other machines, and without API keys anybody "
+            "there could do anything: make one with `python -m service keys create`, or set "
+            "SKRD4AD_ALLOW_ANONYMOUS=true if that is meant"
+        )
+    log.warning(
+        "there are no API keys: whoever reaches %s may inspect, calibrate and change models",
+        settings.host,
+    )
+
+
 def _inspection(registry: Registry, inspector: Inspector, settings: Settings) -> APIRouter:
     router = APIRouter(tags=["inspection"], route_class=StrictRoute)
 
@@ -140,6 +167,7 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
         "/v1/inspect",
         response_model=Inspection,
         openapi_extra={"requestBody": INSPECT_BODY},
+        dependencies=[needs("inspect")],
         responses={
             200: {"content": {"image/png": BINARY, "image/jpeg": BINARY}},
             **problems(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
@@ -211,7 +239,9 @@ def _operation(registry: Registry, metrics: Metrics) -> APIRouter:
         engines = sorted({model.detector.description for model in loaded})
         return State(status="ready", detail=f"{len(loaded)} loaded, on {'; '.join(engines)}")
 
-    @router.get("/metrics", tags=["operation"], response_class=Response)
+    @router.get(
+        METRICS, tags=["operation"], response_class=Response, dependencies=[needs("inspect")]
+    )
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

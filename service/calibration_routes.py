@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from service import uploads
+from service.access import needs
 from service.archives import CONTENT_TYPES
 from service.calibrator import Activate, Calibrator, Promise
 from service.edge import (
@@ -72,7 +73,9 @@ Activation = Annotated[
 def router(
     registry: Registry, calibrator: Calibrator, store: Store, settings: Settings
 ) -> APIRouter:
-    router = APIRouter(tags=["calibration"], route_class=StrictRoute)
+    router = APIRouter(
+        tags=["calibration"], route_class=StrictRoute, dependencies=[needs("calibrate")]
+    )
 
     def images(request: Request) -> Any:
         body = uploads.limited(request, settings.max_calibration_bytes)

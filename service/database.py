@@ -221,6 +221,27 @@ shadow_counts = sa.Table(
     sa.Column("p_value_difference", sa.Float, nullable=False),
 )
 
+# A key that was revoked stays, since what it did names it.
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("scope", sa.String(16), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),  # SHA-256 of the token
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("expires", UtcTime),
+    sa.Column("revoked", UtcTime),
+    sa.Column("max_rate", sa.Float),  # requests a second
+)
+sa.Index(
+    "keys_in_force",
+    keys.c.name,
+    unique=True,
+    sqlite_where=keys.c.revoked.is_(None),
+    postgresql_where=keys.c.revoked.is_(None),
+)
+
 
 class Database:
     """An engine on a migrated database.

@@ -18,7 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service.bundle import NAME_PATTERN
-from service.errors import DeadlineExceeded, InvalidParameter, ServiceError, TooFewSamples
+from service.errors import (
+    DeadlineExceeded,
+    InvalidParameter,
+    ServiceError,
+    TooFewSamples,
+    Unauthorized,
+)
 from service.schemas import Problem
 
 log = logging.getLogger(__name__)
@@ -26,7 +32,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PROBLEM_JSON = "application/problem+json"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the log
-ANONYMOUS = "anonymous"
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}  # a body, in OpenAPI
 
@@ -64,15 +69,15 @@ Profile = Annotated[
 
 def add_errors(app: FastAPI) -> None:
     """Every error of the app's routes is a problem, in its answers and in its OpenAPI."""
-    app.add_exception_handler(Exception, _answer_problem)
+    app.add_exception_handler(Exception, answer_problem)
     app.add_exception_handler(ClientDisconnect, _answer_departure)
     for kind in (ServiceError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answer_problem)
+        app.add_exception_handler(kind, answer_problem)
 
 
 def caller(request: Request) -> str:
     """Who asks, by the name of their key."""
-    return str(getattr(request.state, "caller", ANONYMOUS))
+    return str(request.state.key.name)
 
 
 class StrictRoute(APIRoute):
@@ -145,7 +150,7 @@ def _answer_departure(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _answer_problem(request: Request, error: Exception) -> Response:
+def answer_problem(request: Request, error: Exception) -> Response:
     """Any exception as RFC 9457 problem+json, with the status of the tree in `errors`."""
     extra: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -153,6 +158,8 @@ def _answer_problem(request: Request, error: Exception) -> Response:
         kind, title, status, detail = type(error).__name__, error.title, error.status, str(error)
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, TooFewSamples):
             extra = {"samples": error.samples, "min_samples_needed": error.needed}
     elif isinstance(error, RequestValidationError):
@@ -202,6 +209,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     body = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     for methods in document["paths"].values():
         for route in methods.values():
+            if "security" in route:
+                route["responses"] |= {str(k): v for k, v in problems(401, 403, 429).items()}
             for status, response in route["responses"].items():
                 if int(status) >= 400:
                     response["content"] = body

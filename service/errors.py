@@ -4,6 +4,8 @@ ServiceError
 ├── InvalidImage            400  the bytes are no readable image
 ├── InvalidForm             400  the multipart body is malformed, breaks off or has too many fields
 ├── InvalidArchive          400  neither a zip nor a tar, damaged, or with too many files
+├── Unauthorized            401  no key, or one that is unknown, expired or revoked
+├── Forbidden               403  the key may not do this
 ├── UnknownModel            404  no such model or version, or no shadow
 ├── UnknownCalibration      404  no such calibration
 ├── UnknownSample           404  a calibration has no such sample, or no longer its map
@@ -25,6 +27,7 @@ ServiceError
 │   ├── TrainedOn                a sample that the model was trained on; reported, not raised
 │   └── BundleRefused       422  a bundle that was sent can't be used
 ├── Overloaded              429  the queue is full, a calibration or upload under way (Retry-After)
+│   └── TooOften            429  more requests than the key allows (Retry-After)
 ├── InferenceFailed         500  the runtime raised while scoring
 ├── NotReady                503  no model yet, or no room on the device (Retry-After)
 │   └── DatabaseAway        503  the database doesn't answer; inspection goes on (Retry-After)
@@ -53,6 +56,14 @@ class InvalidForm(ServiceError):
 
 class InvalidArchive(ServiceError):
     status, title = 400, "Archive can't be read"
+
+
+class Unauthorized(ServiceError):
+    status, title = 401, "Key needed"
+
+
+class Forbidden(ServiceError):
+    status, title = 403, "Key may not do this"
 
 
 class UnknownModel(ServiceError):
@@ -141,6 +152,14 @@ class BundleRefused(InvalidParameter):
 
 class Overloaded(ServiceError):
     status, title, retry_after_s = 429, "Too much at once", 1
+
+
+class TooOften(Overloaded):
+    title = "Too many requests"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class InferenceFailed(ServiceError):

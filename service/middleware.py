@@ -54,12 +54,13 @@ class RequestRecord:
         self._metrics.requests.labels(method, route, str(status)).inc()
         log.log(
             logging.DEBUG if route in _QUIET else logging.INFO,
-            "%s %s %d %.1fms request_id=%s",
+            "%s %s %d %.1fms request_id=%s by=%s",
             method,
             scope["path"].encode("unicode_escape").decode(),  # no forged lines
             status,
             1e3 * seconds,
             request_id,
+            getattr(scope["state"].get("key"), "name", "nobody"),
         )
 
 

@@ -3,7 +3,7 @@
 import difflib
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,8 +48,19 @@ class Settings(BaseSettings):
         1.0, description="How often to look for what another service activated."
     )
     allow_anonymous: bool = Field(
-        False, description="Listen beyond loopback although every caller may inspect and calibrate."
+        False,
+        description="Listen beyond loopback although there is no API key, so that every caller may "
+        "do everything.",
     )
+    keys_file: Path | None = Field(
+        None,
+        description="File of API keys beside those of the database: lines of `name scope token`.",
+    )
+    open_metrics: bool = Field(False, description="Let `/metrics` be read without a key.")
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the certificate, and its chain, to serve HTTPS with."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key.")
     max_batch_size: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
         description="Most images in one run of the graph; 0 is 32 on CUDA, 8 on a CPU (`cpu`: "
@@ -131,11 +142,12 @@ class Settings(BaseSettings):
 def load(**overrides: object) -> Settings:
     """Settings of the environment and `overrides`; raises SettingsError naming variable and value.
 
-    Refuses to listen beyond loopback unless told so in so many words: there are no API keys yet.
+    `SKRD4AD_<NAME>_FILE` names a file whose text is the value, for what must not be seen in the
+    environment.
     """
     _refuse_unknown(os.environ)
     try:
-        settings = Settings(**overrides)  # type: ignore[arg-type]
+        settings = Settings(**(_of_files(os.environ) | overrides))  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -143,17 +155,32 @@ def load(**overrides: object) -> Settings:
             f"--{name.replace('_', '-')} (SKRD4AD_{name.upper()}) = {first['input']!r}: "
             f"{first['msg']}"
         ) from None
-    if not settings.allow_anonymous and not is_loopback(settings.host):
-        raise SettingsError(
-            f"host {settings.host} is reachable from other machines, and anybody there could "
-            "inspect and calibrate: set SKRD4AD_ALLOW_ANONYMOUS=true if that is meant, or listen "
-            "on 127.0.0.1 behind a proxy that authenticates"
-        )
     _refuse_contradictions(settings)
     return settings
 
 
+def _of_files(environment: Mapping[str, str]) -> dict[str, object]:
+    """Values that the environment has in files; raises SettingsError."""
+    values: dict[str, object] = {}
+    for name in Settings.model_fields:
+        variable = f"{PREFIX}{name.upper()}"
+        path = environment.get(f"{variable}_FILE")
+        if path is None:
+            continue
+        if variable in environment:
+            raise SettingsError(f"{variable} and {variable}_FILE are both set: leave one out")
+        try:
+            values[name] = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{variable}_FILE = {path!r}: {error}") from None
+    return values
+
+
 def _refuse_contradictions(settings: Settings) -> None:
+    if (settings.tls_certificate is None) != (settings.tls_key is None):
+        raise SettingsError(
+            "TLS needs both a certificate and its key: SKRD4AD_TLS_CERTIFICATE and SKRD4AD_TLS_KEY"
+        )
     kind, share = settings.archive, settings.archive_share
     if kind != "none" and not settings.trace:
         raise SettingsError(
@@ -175,6 +202,7 @@ def _refuse_contradictions(settings: Settings) -> None:
 def _refuse_unknown(environment: Iterable[str]) -> None:
     """A misspelt variable would leave its default in force unseen."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known |= {f"{name}_FILE" for name in known}
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             near = difflib.get_close_matches(name.upper(), known, 1)

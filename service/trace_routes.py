@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import AwareDatetime, ValidationError
 
 from service import exports, uploads
+from service.access import needs
 from service.bundle import NAME_PATTERN
 from service.calibration import Decision
 from service.edge import BINARY, Limit, Name, Profile, StrictRoute, caller, problems
@@ -89,7 +90,7 @@ def router(
             trace.flush()
             return ask()
 
-    @router.get("/v1/inspections", responses=problems(422, 503))
+    @router.get("/v1/inspections", dependencies=[needs("calibrate")], responses=problems(422, 503))
     def find(
         filtered: Filtered,
         limit: Limit = 100,
@@ -102,6 +103,7 @@ def router(
 
     @router.get(
         "/v1/inspections/export",
+        dependencies=[needs("calibrate")],
         response_class=Response,
         responses={
             200: {"content": {media_type: BINARY for media_type in exports.MEDIA_TYPES.values()}},
@@ -131,7 +133,9 @@ def router(
             headers={"Content-Disposition": f'attachment; filename="{name}"'},
         )
 
-    @router.get("/v1/inspections/{id}", responses=problems(404, 422, 503))
+    @router.get(
+        "/v1/inspections/{id}", dependencies=[needs("inspect")], responses=problems(404, 422, 503)
+    )
     def inspection(id: Id) -> InspectionDetail:
         """One inspection, and what people said of it."""
         found = once_recorded(lambda: inspections.get(id))
@@ -139,6 +143,7 @@ def router(
 
     @router.get(
         "/v1/inspections/{id}/image",
+        dependencies=[needs("inspect")],
         response_class=Response,
         responses={200: {"content": {"image/*": BINARY}}, **problems(404, 422, 503)},
     )
@@ -156,6 +161,7 @@ def router(
 
     @router.post(
         "/v1/inspections/{id}/feedback",
+        dependencies=[needs("inspect")],
         status_code=201,
         openapi_extra={
             "requestBody": {
@@ -174,7 +180,11 @@ def router(
 
         return FeedbackOut(**vars(await asyncio.to_thread(once_recorded, store)))
 
-    @router.get("/v1/models/{name}/feedback", responses=problems(404, 422, 503))
+    @router.get(
+        "/v1/models/{name}/feedback",
+        dependencies=[needs("calibrate")],
+        responses=problems(404, 422, 503),
+    )
     def model_feedback(
         name: Name,
         version: OfVersion = None,

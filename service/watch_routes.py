@@ -4,6 +4,7 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
+from service.access import needs
 from service.edge import Name, Profile, StrictRoute, Version, caller, problems, within
 from service.errors import NothingWatched
 from service.model import Model
@@ -14,7 +15,7 @@ from service.watch import Report, Watch
 
 
 def router(registry: Registry, watch: Watch, settings: Settings) -> APIRouter:
-    router = APIRouter(tags=["drift"], route_class=StrictRoute)
+    router = APIRouter(tags=["drift"], route_class=StrictRoute, dependencies=[needs("calibrate")])
 
     @router.get("/v1/models/{name}/drift", responses=problems(404, 409, 422, 500, 503, 504))
     async def drift(name: Name, version: Version = None, profile: Profile = "") -> DriftOut:

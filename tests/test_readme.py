@@ -1,6 +1,7 @@
 """The documentation is true: commands, answers, tables and links."""
 
 import argparse
+import importlib
 import json
 import re
 import shlex
@@ -119,8 +120,9 @@ def test_the_shipped_models_stay_under_forty_megabytes() -> None:
 def test_every_setting_is_in_the_operations_page_as_it_is_in_the_code(name: str) -> None:
     field = Settings.model_fields[name]
     default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    shown = "" if default is None else f"`{default}` "
 
-    row = f"| `SKRD4AD_{name.upper()}` | `{default}` | {field.description} |"
+    row = f"| `SKRD4AD_{name.upper()}` | {shown}| {field.description} |"
     assert row in OPERATIONS
 
 
@@ -149,7 +151,7 @@ def test_every_status_of_an_error_is_in_the_api_page() -> None:
         kinds += kind.__subclasses__()
     refusals = {kind.status for kind in kinds}
 
-    assert {400, 404, 409, 413, 415, 422, 429, 500, 503, 504} <= refusals
+    assert {400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503, 504} <= refusals
     for status in refusals:
         assert f"| {status} |" in API
 
@@ -179,17 +181,18 @@ def test_documented_commands_exist(path: Path) -> None:
     for block in code_blocks(text, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "training"]:
-                check_training_flags(words[3:])
+            while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
+                words.pop(0)
+            if words[:2] == ["python", "-m"] and words[2] in ("service", "training"):
+                check_flags(words[2], words[3:])
 
 
-def check_training_flags(words: list[str]) -> None:
-    from training.__main__ import _parser
-
+def check_flags(package: str, words: list[str]) -> None:
+    parser = importlib.import_module(f"{package}.__main__")._parser()
     try:
-        _parser().parse_args(words)
+        parser.parse_args(words)
     except SystemExit:
-        pytest.fail(f"python -m training {' '.join(words)} is refused")
+        pytest.fail(f"python -m {package} {' '.join(words)} is refused")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -37,7 +38,9 @@ Write = Callable[..., Bundle]
 class Server:
     """`python -m service serve` on a free port."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *, trusting: ssl.SSLContext | None = None, **environment: str
+    ) -> None:
         self.port = free_port()
         self.log = folder / "log"
         environment = {"database_url": f"sqlite:///{folder / 'state.sqlite'}"} | environment
@@ -49,7 +52,9 @@ class Server:
                 cwd=ROOT,
                 stderr=log,
             )
-        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        scheme, verify = ("https", trusting) if trusting else ("http", True)
+        url = f"{scheme}://127.0.0.1:{self.port}"
+        self.client = httpx2.Client(base_url=url, timeout=30, verify=verify)
 
     def wait_until_ready(self) -> "Server":
         wait_for(lambda: self._answers(), f"the service is not ready:\n{self.log.read_text()}")
@@ -107,8 +112,8 @@ def serve(tmp_path: Path, write_bundle: Write) -> Iterator[Callable[..., Server]
     write_bundle()
     servers: list[Server] = []
 
-    def start(**environment: str) -> Server:
-        servers.append(Server(tmp_path, **environment))
+    def start(trusting: ssl.SSLContext | None = None, **environment: str) -> Server:
+        servers.append(Server(tmp_path, trusting=trusting, **environment))
         return servers[-1].wait_until_ready()
 
     yield start
@@ -361,11 +366,71 @@ def test_a_models_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> No
     assert "Traceback" not in result.stderr
 
 
-def test_listening_beyond_loopback_without_permission_stops_the_start() -> None:
-    result = run_serve("--host", "0.0.0.0")
+def test_listening_beyond_loopback_without_keys_or_permission_stops_the_start(
+    tmp_path: Path,
+) -> None:
+    result = run_serve(
+        "--host", "0.0.0.0", SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}"
+    )
 
     assert result.returncode == 1
+    assert "error: host 0.0.0.0 is reachable" in result.stderr
+    assert "python -m service keys create" in result.stderr
     assert "SKRD4AD_ALLOW_ANONYMOUS=true" in result.stderr
+
+
+def test_listening_beyond_loopback_needs_no_permission_once_there_is_a_key(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"line-3 inspect {'t' * 40}\n")
+
+    server = serve(host="0.0.0.0", keys_file=str(keys))
+
+    assert server.inspect(encoded(picture())).status_code == 401
+    server.client.headers["X-API-Key"] = "t" * 40
+    assert server.inspect(encoded(picture())).status_code == 200
+
+
+def test_being_open_to_everybody_is_warned_of(serve: Callable[..., Server]) -> None:
+    server = serve(host="0.0.0.0", allow_anonymous="true")
+
+    assert server.inspect(encoded(picture())).status_code == 200
+    assert "WARNING service.app there are no API keys" in server.log.read_text()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_is_served_with_a_certificate(serve: Callable[..., Server], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    trusting = ssl.create_default_context(cafile=certificate)
+
+    server = serve(tls_certificate=str(certificate), tls_key=str(key), trusting=trusting)
+
+    assert server.inspect(encoded(picture())).status_code == 200
+    assert f"listening on https://127.0.0.1:{server.port}" in server.log.read_text()
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"http://127.0.0.1:{server.port}/livez")
+
+
+def test_a_certificate_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "certificate.pem"
+    file.write_text("nonsense")
+
+    for path in (file, tmp_path / "nowhere.pem"):
+        result = run_serve(
+            *("--tls-certificate", str(path), "--tls-key", str(file)),
+            SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
+        )
+
+        assert result.returncode == 1
+        assert f"error: TLS certificate {path} with key {file}: " in result.stderr
 
 
 def test_a_port_that_is_taken_stops_the_start_with_its_number(

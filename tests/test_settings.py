@@ -1,5 +1,7 @@
 """Every knob from the environment or a flag, checked at the door."""
 
+from pathlib import Path
+
 import pytest
 
 from service import settings
@@ -51,17 +53,47 @@ def test_a_misspelt_variable_is_refused(
         settings.load()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
-def test_listening_beyond_loopback_must_be_asked_for_in_so_many_words(host: str) -> None:
-    with pytest.raises(SettingsError, match="SKRD4AD_ALLOW_ANONYMOUS=true"):
-        settings.load(host=host)
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.8.9.1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.7", False),
+        ("example.org", False),
+    ],
+)
+def test_what_other_machines_reach_is_told_from_loopback(host: str, loopback: bool) -> None:
+    assert settings.is_loopback(host) is loopback
 
-    assert settings.load(host=host, allow_anonymous=True).host == host
+
+def test_a_value_can_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("postgresql://user:secret@host/name\n")
+    monkeypatch.setenv("SKRD4AD_DATABASE_URL_FILE", str(secret))
+
+    assert settings.load().database_url == "postgresql://user:secret@host/name"
+    assert settings.load(database_url="sqlite:///flag").database_url == "sqlite:///flag"
+
+    monkeypatch.setenv("SKRD4AD_DATABASE_URL", "sqlite:///other")
+    with pytest.raises(SettingsError, match="DATABASE_URL and SKRD4AD_DATABASE_URL_FILE are both"):
+        settings.load()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.9.1"])
-def test_loopback_needs_no_permission(host: str) -> None:
-    assert settings.load(host=host).host == host
+def test_a_file_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKRD4AD_DATABASE_URL_FILE", "/nowhere")
+
+    with pytest.raises(SettingsError, match="DATABASE_URL_FILE = '/nowhere': .*No such file"):
+        settings.load()
+
+
+@pytest.mark.parametrize("name", ["tls_certificate", "tls_key"])
+def test_half_of_what_tls_needs_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="SKRD4AD_TLS_CERTIFICATE and SKRD4AD_TLS_KEY"):
+        settings.load(**{name: "file.pem"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,234 @@
+"""API keys: made, listed and taken back in the database, or told in a file of somebody else's.
+
+A token is shown once and kept as its SHA-256: 256 random bits can't be guessed, so that a slow hash
+would protect nothing and cost every request.
+"""
+
+import asyncio
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+import sqlalchemy as sa
+
+from service import database
+from service.database import Database
+from service.errors import DatabaseAway, SettingsError, Unauthorized
+
+log = logging.getLogger(__name__)
+
+Scope = Literal["inspect", "calibrate", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
+KEY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+ANONYMOUS = "anonymous"  # who asks without one
+PREFIX = "skrd4ad_"  # by which scanners of repositories and logs can tell a token
+MIN_TOKEN, MAX_TOKEN = 32, 256  # characters
+_LOOK_AGAIN_S = 0.2  # between two looks for a key that was made a moment ago
+
+
+@dataclass(frozen=True)
+class Key:
+    """Who may do what, until when, how often."""
+
+    name: str
+    scope: Scope
+    hash: str = field(default="", repr=False)  # SHA-256 of the token, hexadecimal
+    created: datetime | None = None  # None: told in a file
+    expires: datetime | None = None
+    revoked: datetime | None = None
+    max_rate: float | None = None  # requests a second
+
+    def may(self, scope: Scope) -> bool:
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+class Keys:
+    """The table; every method raises DatabaseAway where the database is."""
+
+    def __init__(self, db: Database) -> None:
+        self._database = db
+
+    def create(
+        self,
+        name: str,
+        scope: Scope,
+        *,
+        expires: datetime | None = None,
+        max_rate: float | None = None,
+    ) -> str:
+        """A new key's token, which nobody can be told again.
+
+        Raises SettingsError where a key of that name is in force: what was done by whom must stay
+        plain.
+        """
+        token = PREFIX + secrets.token_urlsafe(32)
+        row = {"name": name, "scope": scope, "expires": expires, "max_rate": max_rate}
+        row |= {"hash": hashed(token), "created": datetime.now(UTC)}
+        try:
+            with self._database.write() as connection:
+                connection.execute(database.keys.insert().values(**row))
+        except sa.exc.IntegrityError:
+            raise SettingsError(
+                f"there is a key {name} already: revoke it first, or take another name"
+            ) from None
+        return token
+
+    def all(self) -> list[Key]:
+        """Revoked and expired ones as well, oldest first."""
+        columns = [column for column in database.keys.c if column.name != "id"]
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(*columns).order_by(database.keys.c.id))
+            return [Key(**row) for row in rows.mappings()]
+
+    def revoke(self, name: str) -> None:
+        """Raises SettingsError where no key of that name is in force."""
+        c = database.keys.c
+        update = database.keys.update().where(c.name == name, c.revoked.is_(None))
+        with self._database.write() as connection:
+            if not connection.execute(update.values(revoked=datetime.now(UTC))).rowcount:
+                raise SettingsError(f"there is no key {name}, or it is revoked already")
+
+
+class Keyring:
+    """The keys as of a moment ago; raises DatabaseAway or SettingsError where they can't be read.
+
+    Once there was a key, revoked or not, every caller needs one.
+    """
+
+    def __init__(self, keys: Keys, file: Path | None) -> None:
+        self._keys, self._file = keys, file
+        self._stored: list[Key] = []
+        self._filed: list[Key] = []
+        self._closed, self._looked, self._told = False, 0.0, ""
+        self._looking = asyncio.Lock()
+        self.look()
+
+    @property
+    def closed(self) -> bool:
+        """Whether callers need a key."""
+        return self._closed
+
+    def look(self) -> None:
+        """Take up keys that were made or taken back; a file that can't be read holds up none of
+        the database's."""
+        self._stored = self._keys.all()
+        if self._file:
+            self._filed = read(self._file)
+        self._closed = self._closed or bool(self._stored or self._filed)
+        in_force = [key for key in self._stored if key.revoked is None]
+        _refuse_twice(in_force + self._filed, "keys of the database and the file")
+
+    async def find(self, token: str) -> Key:
+        """The key with this token; raises Unauthorized where there is none, or it is no longer in
+        force."""
+        key = self._match(token)
+        if key is None:
+            await self._look_again()
+            key = self._match(token)
+        if key is None:
+            raise Unauthorized("there is no such key")
+        now = datetime.now(UTC)
+        for end, what in ((key.revoked, "was revoked"), (key.expires, "expired")):
+            if end is not None and end <= now:
+                raise Unauthorized(f"the key {key.name} {what} at {end:%Y-%m-%d %H:%M:%S} UTC")
+        return key
+
+    async def follow(self, stop: asyncio.Event, interval_s: float) -> None:
+        """Take up changes until `stop`; what was known stays in force while they can't be read."""
+        while not stop.is_set():
+            try:
+                await asyncio.to_thread(self.look)
+                self._told = ""
+            except DatabaseAway:
+                pass  # the registry tells it
+            except SettingsError as error:
+                if str(error) != self._told:
+                    log.error("%s; the keys known so far stay in force", error)
+                self._told = str(error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await stop.wait()
+
+    def _match(self, token: str) -> Key | None:
+        if not MIN_TOKEN <= len(token) <= MAX_TOKEN:
+            return None
+        found, given = None, hashed(token)
+        for key in self._stored + self._filed:  # all of them, so that the time says nothing
+            if hmac.compare_digest(key.hash, given):
+                found = key
+        return found
+
+    async def _look_again(self) -> None:
+        """It may be new; but whoever guesses keeps the database no busier than this."""
+        async with self._looking:
+            if time.monotonic() - self._looked > _LOOK_AGAIN_S:
+                self._looked = time.monotonic()
+                with suppress(DatabaseAway, SettingsError):
+                    await asyncio.to_thread(self.look)
+
+
+def hashed(token: str) -> str:
+    return sha256(token.encode()).hexdigest()
+
+
+def read(file: Path) -> list[Key]:
+    """Keys of a file with a line `name scope token` for each, empty lines and `#` left out.
+
+    Raises SettingsError, which names file and line and never the token.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"keys file {file}: {error}") from None
+    keys = [
+        _of_line(line.split(), f"keys file {file}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    _refuse_twice(keys, f"keys file {file}")
+    return keys
+
+
+def _of_line(words: list[str], place: str) -> Key:
+    if len(words) != 3:
+        raise SettingsError(f"{place}: has {len(words)} words, not name, scope and token")
+    name, token = words[0], words[2]
+    check_name(name, place)
+    scope = next((scope for scope in SCOPES if scope == words[1]), None)
+    if scope is None:
+        raise SettingsError(f"{place}: {words[1]} is none of the scopes {', '.join(SCOPES)}")
+    if not (MIN_TOKEN <= len(token) <= MAX_TOKEN and token.isascii()):
+        raise SettingsError(
+            f"{place}: the token of {name} has {len(token)} characters; it must have {MIN_TOKEN} "
+            f"to {MAX_TOKEN}, of ASCII: `openssl rand -hex 32` makes a good one"
+        )
+    return Key(name, scope, hashed(token))
+
+
+def _refuse_twice(keys: Sequence[Key], place: str) -> None:
+    """Who did what must stay plain."""
+    for what in ("name", "hash"):
+        counts = Counter(getattr(key, what) for key in keys)
+        for key in keys:
+            if counts[getattr(key, what)] > 1:
+                told = "name" if what == "name" else "token"
+                raise SettingsError(f"{place}: the {told} of {key.name} is there twice")
+
+
+def check_name(name: str, place: str) -> None:
+    """Raises SettingsError for what can't be a key's name."""
+    if not re.match(KEY_NAME_PATTERN, name) or name == ANONYMOUS:
+        raise SettingsError(
+            f"{place}: {name!r} is no name for a key: up to 64 letters, digits, dots, dashes and "
+            f"underscores, and not {ANONYMOUS}"
+        )
