@@ -19,10 +19,14 @@ from service import key_commands
 from service import settings as service_settings
 from service.app import create_app
 from service.errors import ServiceError, SettingsError
+from service.protocol import LimitedProtocol
+from service.server import Server
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# Longer than proxies keep theirs, so that they close first, and never send into a closed one.
+KEEP_ALIVE_S = 75
 # By malloc.h's numbers of M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX. What is mapped costs
 # a page fault for every 4 KB: 3 megapixels and more, whose decoding takes much longer.
 _MALLOC_OPTIONS = {-3: 8 << 20, -1: 64 << 20, -8: 2}
@@ -76,11 +80,14 @@ def _serve(**overrides: object) -> int:
     # a quarter of the event loop's time under load.
     gc.collect()
     gc.freeze()
+    protocol = type("Protocol", (LimitedProtocol,), {"timeout_s": settings.receive_timeout_s})
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,  # `middleware` writes one line for each request, with its id
         server_header=False,
+        http=protocol,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s),
         **tls,
     )
@@ -91,7 +98,7 @@ def _serve(**overrides: object) -> int:
     # so that an orderly stop exits with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, app, settings.shutdown_delay_s).run(sockets=[listener])
     return 0
 
 

@@ -40,7 +40,7 @@ from service.edge import (
     unless_departed,
     within,
 )
-from service.errors import InvalidParameter, SettingsError
+from service.errors import InvalidParameter, NotReady, SettingsError
 from service.heatmap import MEDIA_TYPES, MediaType, Render
 from service.image_archive import ImageArchive
 from service.inspection import Inspected, Inspector
@@ -129,6 +129,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
     )
+    app.state.leaving = False
     app.add_middleware(Access, keyring=keyring, open_metrics=settings.open_metrics)
     app.add_middleware(RequestRecord, metrics=metrics)
     add_errors(app)
@@ -138,7 +139,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(watch_routes.router(registry, watch, settings))
     intake = Intake(registry, settings)
     app.include_router(model_routes.router(registry, rollouts, intake, settings))
-    app.include_router(_operation(registry, metrics))
+    app.include_router(_operation(app, registry, metrics))
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
@@ -223,7 +224,7 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
     return router
 
 
-def _operation(registry: Registry, metrics: Metrics) -> APIRouter:
+def _operation(app: FastAPI, registry: Registry, metrics: Metrics) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
 
     @router.get("/livez", tags=["operation"])
@@ -234,6 +235,8 @@ def _operation(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/readyz", tags=["operation"], responses=problems(503))
     async def readyz() -> State:
         """Models are loaded and warm; 503 where there is none."""
+        if app.state.leaving:
+            raise NotReady("the service is going")
         registry.check_ready()
         loaded = registry.loaded()
         engines = sorted({model.detector.description for model in loaded})

@@ -1,6 +1,7 @@
 """Around every request: its id, its line in the log, its place in the counters. Pure ASGI, so
 that a client's departure still reaches the handler."""
 
+import asyncio
 import logging
 import re
 import time
@@ -8,8 +9,11 @@ import uuid
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.edge import answer_problem
+from service.errors import NotReady
 from service.metrics import Metrics
 
 log = logging.getLogger("service.access")
@@ -40,11 +44,19 @@ class RequestRecord:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if scope["app"].state.leaving:  # the next request goes elsewhere
+                    headers["Connection"] = "close"
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # by the server, which goes
+            if status:
+                raise
+            refusal = NotReady("the service is going, and broke this request off")
+            await answer_problem(Request(scope), refusal)(scope, receive, send_with_id)
         finally:
             self._record(scope, request_id, status or 500, time.perf_counter() - started)
 

@@ -72,9 +72,19 @@ class Settings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="Deadline of an inspection; beyond it: 504."
     )
+    receive_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0,
+        description="How long a client may take to send a request's head, let a body stand still, "
+        "or end one that was answered; then it is disconnected.",
+    )
+    shutdown_delay_s: Annotated[float, Field(ge=0, le=600)] = Field(
+        3.0,
+        description="After SIGTERM, how long to go on listening, with `/readyz` at 503, for "
+        "whoever spreads requests to see it.",
+    )
     shutdown_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0,
-        description="After SIGTERM, how long what was accepted may take; then it is broken off.",
+        description="After that, how long what was accepted may take; then it is broken off: 503.",
     )
     calibration_timeout_s: Annotated[float, Field(gt=0)] = Field(
         900.0, description="Deadline of a calibration; beyond it: 504."

@@ -43,18 +43,32 @@ class Server:
     ) -> None:
         self.port = free_port()
         self.log = folder / "log"
-        environment = {"database_url": f"sqlite:///{folder / 'state.sqlite'}"} | environment
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service", "serve", "--port", str(self.port)]
-                + ["--models", str(folder / "models"), "--device", "cpu", "--threads", "1"],
-                env=os.environ | {f"SKRD4AD_{k.upper()}": v for k, v in environment.items()},
-                cwd=ROOT,
-                stderr=log,
-            )
+        self._folder = folder
+        environment = {
+            "database_url": f"sqlite:///{folder / 'state.sqlite'}",
+            "shutdown_delay_s": "0",
+        } | environment
+        self._environment = {f"SKRD4AD_{k.upper()}": v for k, v in environment.items()}
+        self.process = self._started()
         scheme, verify = ("https", trusting) if trusting else ("http", True)
         url = f"{scheme}://127.0.0.1:{self.port}"
         self.client = httpx2.Client(base_url=url, timeout=30, verify=verify)
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "service", "serve", "--port", str(self.port)]
+                + ["--models", str(self._folder / "models"), "--device", "cpu", "--threads", "1"],
+                env=os.environ | self._environment,
+                cwd=ROOT,
+                stderr=log,
+            )
+
+    def restart(self) -> None:
+        """In order, under the same address."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0
+        self.process = self._started()
 
     def wait_until_ready(self) -> "Server":
         wait_for(lambda: self._answers(), f"the service is not ready:\n{self.log.read_text()}")
@@ -258,6 +272,52 @@ def test_sigterm_answers_what_was_accepted_and_exits_cleanly(
     assert server.process.wait(30) == 0
 
 
+def test_sigterm_fails_readiness_first_and_goes_on_answering_for_the_delay(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(shutdown_delay_s="5")
+    kept = server.client
+    assert server.inspect(encoded(picture())).headers.get("connection") is None
+
+    server.process.send_signal(signal.SIGTERM)
+
+    wait_for(lambda: kept.get("/readyz").status_code == 503, "still ready")
+    assert "going" in kept.get("/readyz").json()["detail"]
+    assert kept.get("/livez").status_code == 200
+    answer = server.inspect(encoded(picture()))
+    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+    assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_skips_the_delay(serve: Callable[..., Server]) -> None:
+    server = serve(shutdown_delay_s="600")
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.client.get("/readyz").status_code == 503, "still ready")
+
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+def test_what_is_broken_off_at_the_end_is_told_so(
+    serve: Callable[..., Server], signals: tuple[int, ...]
+) -> None:
+    """By the time that is allowed, or by whoever presses Ctrl-C twice."""
+    server = serve(shutdown_timeout_s="1" if len(signals) == 1 else "600")
+    with server.half_sent() as stalled:
+        wait_for(lambda: server.metric("skrd4ad_inspections_in_progress") == 1, "not begun")
+        server.client.close()
+
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(1)  # so that the next one finds it closing
+
+        answer = received(stalled)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"broke this request off" in answer and b"retry-after: 5" in answer
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_killed_service_comes_back_with_its_calibration(serve: Callable[..., Server]) -> None:
     server = serve()
     files = [("images", (name, data)) for name, data in normal_pictures(25)]
@@ -399,19 +459,28 @@ def test_being_open_to_everybody_is_warned_of(serve: Callable[..., Server]) -> N
     assert "WARNING service.app there are no API keys" in server.log.read_text()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_https_is_served_with_a_certificate(serve: Callable[..., Server], tmp_path: Path) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A folder with `certificate.pem` for 127.0.0.1 and its `key.pem`."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate: apt-get install openssl")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
         + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-        + ["-keyout", str(key), "-out", str(certificate)],
+        + ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "certificate.pem")],
         check=True,
         capture_output=True,
     )
-    trusting = ssl.create_default_context(cafile=certificate)
+    return tmp_path
 
-    server = serve(tls_certificate=str(certificate), tls_key=str(key), trusting=trusting)
+
+def test_https_is_served_with_a_certificate(
+    serve: Callable[..., Server], certificate: Path
+) -> None:
+    file, key = str(certificate / "certificate.pem"), str(certificate / "key.pem")
+    trusting = ssl.create_default_context(cafile=file)
+
+    server = serve(tls_certificate=file, tls_key=key, trusting=trusting)
 
     assert server.inspect(encoded(picture())).status_code == 200
     assert f"listening on https://127.0.0.1:{server.port}" in server.log.read_text()

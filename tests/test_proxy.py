@@ -1,0 +1,137 @@
+"""docker/nginx.conf in a real nginx: TLS, two services, and one after the other restarted."""
+
+import os
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from conftest import encoded, normal_pictures, picture
+from test_replicas import replicas
+from test_serve import Server, certificate, wait_for
+
+from training.rehearsal import free_port
+
+__all__ = ["certificate", "replicas"]  # fixtures
+
+ROOT = Path(__file__).parents[1]
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+pytestmark = pytest.mark.skipif(
+    NGINX is None, reason="no nginx is installed: apt-get install nginx"
+)
+PICTURE = encoded(picture())
+Start = Callable[..., list[Server]]
+
+
+class Proxy:
+    """nginx with the shipped configuration, but for addresses and files."""
+
+    def __init__(self, folder: Path, services: list[Server], certificate: Path) -> None:
+        port = free_port()
+        site = (ROOT / "docker" / "nginx.conf").read_text()
+        for old, new in (
+            ("127.0.0.1:8000", f"127.0.0.1:{services[0].port}"),
+            ("127.0.0.1:8001", f"127.0.0.1:{services[1].port}"),
+            ("listen 443", f"listen 127.0.0.1:{port}"),
+            ("/etc/nginx/skrd4ad.pem", str(certificate / "certificate.pem")),
+            ("/etc/nginx/skrd4ad.key", str(certificate / "key.pem")),
+        ):
+            assert old in site
+            site = site.replace(old, new)
+        (folder / "site.conf").write_text(site)
+        user = "user root;" if os.getuid() == 0 else ""  # else its workers couldn't read the folder
+        (folder / "nginx.conf").write_text(
+            f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {folder}/body;\n"
+            f"proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;\n"
+            f"uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;\n"
+            f"include {folder}/site.conf; }}"
+        )
+        self.errors = folder / "error.log"
+        command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.trusting = ssl.create_default_context(cafile=certificate / "certificate.pem")
+        self.client = httpx2.Client(
+            base_url=f"https://127.0.0.1:{port}", verify=self.trusting, timeout=60
+        )
+
+    def ready(self) -> bool:
+        assert self._process.poll() is None, self.errors.read_text()
+        try:
+            return self.client.get("/readyz").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def close(self) -> None:
+        self.client.close()
+        self._process.terminate()
+        self._process.wait(30)
+
+
+@pytest.fixture
+def start_proxy(tmp_path: Path, certificate: Path) -> Iterator[Callable[[list[Server]], Proxy]]:
+    proxies: list[Proxy] = []
+
+    def start(services: list[Server]) -> Proxy:
+        folder = tmp_path / "nginx"
+        folder.mkdir()
+        proxies.append(Proxy(folder, services, certificate))
+        wait_for(proxies[-1].ready, "nginx doesn't answer")
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.close()
+
+
+def test_a_proxy_adds_tls_and_passes_keys_and_large_bodies(
+    replicas: Start, start_proxy: Callable[[list[Server]], Proxy], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"line-3 calibrate {'t' * 40}\n")
+    services = replicas(f"sqlite:///{tmp_path / 's.sqlite'}", keys_file=str(keys))
+    client = start_proxy(services).client
+
+    assert client.get("/v1/models").status_code == 401
+    client.headers["Authorization"] = f"Bearer {'t' * 40}"
+    assert client.get("/v1/models").status_code == 200
+    files = [("images", (name, data, "image/png")) for name, data in normal_pictures(40)]
+    files += [("images", ("large.png", b"x" * 5_000_000, "image/png"))]
+    made = client.post("/v1/calibrate", files=files, params={"target_fpr": 0.05})
+    assert made.status_code == 201, made.text
+
+
+def test_services_are_restarted_one_after_the_other_and_no_request_is_lost(
+    replicas: Start, start_proxy: Callable[[list[Server]], Proxy], tmp_path: Path
+) -> None:
+    services = replicas(f"sqlite:///{tmp_path / 's.sqlite'}", shutdown_delay_s="0.5")
+    proxy = start_proxy(services)
+    done, statuses = threading.Event(), []
+
+    def inspect() -> None:
+        headers = {"Content-Type": "image/png"}
+        with httpx2.Client(base_url=proxy.client.base_url, verify=proxy.trusting) as client:
+            while not done.is_set():
+                answer = client.post("/v1/inspect?render=none", content=PICTURE, headers=headers)
+                statuses.append(answer.status_code)
+
+    threads = [threading.Thread(target=inspect) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for service in services:
+        before = len(statuses)
+        wait_for(lambda before=before: len(statuses) > before + 50, "no load")
+        service.restart()
+        service.wait_until_ready()
+    before = len(statuses)
+    wait_for(lambda: len(statuses) > before + 50, "no load")
+    done.set()
+    for thread in threads:
+        thread.join()
+
+    assert set(statuses) == {200}
+    assert "no live upstreams" not in proxy.errors.read_text()
