@@ -99,6 +99,10 @@ def _serve(**overrides: object) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     Server(config, app, settings.shutdown_delay_s).run(sockets=[listener])
+    if app.state.hangs:  # the interpreter would wait for the device's thread, and nothing is lost
+        log.error("the device doesn't come back: ending without it")
+        logging.shutdown()
+        os._exit(1)
     return 0
 
 

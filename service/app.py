@@ -115,6 +115,7 @@ def create_app(settings: Settings) -> FastAPI:
         stop.set()
         # A database that hangs keeps a thread; what was inspected must be written all the same.
         await asyncio.wait(following, timeout=FOLLOW_S)
+        app.state.hangs = registry.hangs
         await registry.close()
         workers.shutdown()
         # The trace after the archive, as it tells which images could be written.
@@ -129,7 +130,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
     )
-    app.state.leaving = False
+    app.state.leaving = app.state.hangs = False
     app.add_middleware(Access, keyring=keyring, open_metrics=settings.open_metrics)
     app.add_middleware(RequestRecord, metrics=metrics)
     add_errors(app)
@@ -227,9 +228,10 @@ def _inspection(registry: Registry, inspector: Inspector, settings: Settings) ->
 def _operation(app: FastAPI, registry: Registry, metrics: Metrics) -> APIRouter:
     router = APIRouter(route_class=StrictRoute)
 
-    @router.get("/livez", tags=["operation"])
+    @router.get("/livez", tags=["operation"], responses=problems(503))
     async def livez() -> State:
-        """The process answers."""
+        """The process answers; 503 where the device doesn't come back, and only a new one helps."""
+        registry.check_alive()
         return State(status="live")
 
     @router.get("/readyz", tags=["operation"], responses=problems(503))

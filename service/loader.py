@@ -20,6 +20,7 @@ from service import memory
 from service.batcher import Batcher
 from service.bundle import Bundle
 from service.detector import Detector
+from service.device_thread import DeviceThread
 from service.errors import BundleError, DeviceUnavailable, InferenceFailed, ServiceError
 from service.metrics import Metrics
 from service.model import Key, Model
@@ -33,8 +34,7 @@ class Loader:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
-        # One thread for all models: they share one device, and a session has one caller at a time.
-        self.device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.device_thread = DeviceThread()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._alive: weakref.WeakSet[Model] = weakref.WeakSet()
         self._freed = threading.Condition()
@@ -49,6 +49,12 @@ class Loader:
         self-check fails, and DeviceUnavailable where there is no room for it.
         """
         return self._thread.submit(self._load, bundle, key, aside)
+
+    @property
+    def hung_s(self) -> float | None:
+        """For how long the device has not come back, where that is longer than it may take."""
+        busy_s = self.device_thread.busy_s
+        return busy_s if busy_s > self._settings.hang_timeout_s else None
 
     @property
     def alive(self) -> int:
@@ -68,7 +74,7 @@ class Loader:
         self._closed = True
         self._notify()
         self._thread.shutdown(cancel_futures=True)
-        self.device_thread.shutdown()
+        self.device_thread.shutdown(wait=self.hung_s is None)
 
     def _load(self, bundle: Callable[[], Bundle], key: Key, aside: bool) -> Model:
         started = time.perf_counter()

@@ -116,8 +116,24 @@ class Registry:
         found = (self._refused.reason(name), self._refused_shadows.reason(name))
         return [reason for reason in found if reason]
 
+    @property
+    def hangs(self) -> bool:
+        """Whether the device doesn't come back, and the process can't end in order."""
+        return self._loader.hung_s is not None
+
+    def check_alive(self) -> None:
+        """Raises NotReady where the device doesn't come back."""
+        hung_s = self._loader.hung_s
+        if hung_s is not None:
+            raise NotReady(
+                f"the device has not come back for {hung_s:.0f} s; the limit is "
+                f"{self._settings.hang_timeout_s:g} s"
+            )
+
     def check_ready(self) -> None:
-        """Raises NotReady where there is no model, or one that can't be served since the start."""
+        """Raises NotReady where there is no model, one that can't be served since the start, or a
+        device that doesn't come back."""
+        self.check_alive()
         self._check_any()
         for name in self._lacking:
             if name not in self._active:

@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     max_queue: Annotated[int, Field(ge=1)] = Field(
         64, description="Most inspections accepted and not yet answered; beyond it: 429."
     )
+    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0,
+        description="Longest time that the device may take for one batch; beyond it `/livez` is "
+        "503, so that an orchestrator starts the service anew.",
+    )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="Deadline of an inspection; beyond it: 504."
     )

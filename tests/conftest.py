@@ -98,26 +98,29 @@ def brightness_graph(
     *,
     output: str = "anomaly_map",
     fragile: bool = False,
+    hanging: bool = False,
     gain: float = 1.0,
     zeros: int = 255,
 ) -> bytes:
     """image uint8 (N, h, w, 3) -> mean of RGB / 255 (times `gain`) and its maximum.
 
     A `fragile` graph raises in the runtime for a batch with a pure white first pixel, which it
-    looks up among `zeros`; more of them make it a large one that doesn't.
+    looks up among `zeros`; more of them make it a large one that doesn't. A `hanging` one never
+    comes back from such a batch.
     """
+    trapped = fragile or hanging
     scale = numpy_helper.from_array(np.array(gain / 255, np.float32), "scale")
     channel = numpy_helper.from_array(np.array([3], np.int64), "channel")
     places = numpy_helper.from_array(np.array([1, 2], np.int64), "places")
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["float", "scale"], ["unchecked" if fragile else "scaled"]),
+        helper.make_node("Mul", ["float", "scale"], ["unchecked" if trapped else "scaled"]),
         helper.make_node("ReduceMean", ["scaled", "channel"], [output], keepdims=0),
         helper.make_node("ReduceMax", [output, "places"], ["image_score"], keepdims=0),
     ]
     constants = [scale, channel, places]
-    if fragile:
-        nodes += _trap()
+    if trapped:
+        nodes += _trap(_endless_loop() if hanging else _short_table())
         constants += [
             numpy_helper.from_array(np.zeros(zeros, np.float32), "zeros"),
             numpy_helper.from_array(np.zeros(1, np.int64), "corner_start"),
@@ -140,8 +143,45 @@ def brightness_graph(
     return bytes(model.SerializeToString())
 
 
-def _trap() -> list[onnx.NodeProto]:
-    """Looks the red value of each first pixel up in a table of zeros: 255 of them lack the last."""
+def _short_table() -> list[onnx.NodeProto]:
+    """Looks each `row` up in a table of zeros: 255 of them lack the last."""
+    return [helper.make_node("Gather", ["zeros", "row"], ["nothing"])]
+
+
+def _endless_loop() -> list[onnx.NodeProto]:
+    """Adds zeros as long as it takes, which is forever where a `row` is 255."""
+    scalar = numpy_helper.from_array(np.array(0, np.float32), "zero")
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["goes_on_then"]),
+            helper.make_node("Add", ["sum", "zero"], ["sum_then"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on_then", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum_then", TensorProto.FLOAT, []),
+        ],
+        [scalar],
+    )
+    return [
+        helper.make_node("ReduceMax", ["row"], ["highest"], keepdims=0),
+        helper.make_node("Constant", [], ["white"], value_int=255),
+        helper.make_node("Equal", ["highest", "white"], ["is_white"]),
+        helper.make_node("Cast", ["is_white"], ["once"], to=TensorProto.INT64),
+        helper.make_node("Constant", [], ["forever"], value_int=2**60),
+        helper.make_node("Mul", ["once", "forever"], ["turns"]),
+        helper.make_node("Constant", [], ["begin"], value_float=0.0),
+        helper.make_node("Loop", ["turns", "", "begin"], ["nothing"], body=body),
+    ]
+
+
+def _trap(nothing: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Adds `nothing`, made of the red value of each first pixel."""
     corner = ["image"]
     nodes = []
     for axis in (1, 2, 3):
@@ -158,7 +198,7 @@ def _trap() -> list[onnx.NodeProto]:
     return [
         *nodes,
         helper.make_node("Cast", [corner[-1]], ["row"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["zeros", "row"], ["nothing"]),
+        *nothing,
         helper.make_node("Add", ["unchecked", "nothing"], ["scaled"]),
     ]
 

@@ -318,6 +318,28 @@ def test_what_is_broken_off_at_the_end_is_told_so(
     assert "Traceback" not in server.log.read_text()
 
 
+def test_a_device_that_hangs_fails_liveness_and_holds_up_neither_the_end_nor_the_records(
+    serve: Callable[..., Server], write_bundle: Write
+) -> None:
+    write_bundle(version=2, graph=brightness_graph(hanging=True))
+    server = serve(hang_timeout_s="1", shutdown_timeout_s="1")
+    id = server.inspect(encoded(picture())).json()["id"]
+    headers = {"Content-Type": "image/png", "X-Request-Timeout-Ms": "100"}
+
+    hung = server.client.post("/v1/inspect", content=encoded(picture(1.0)), headers=headers)
+
+    assert hung.status_code == 504
+    wait_for(lambda: server.client.get("/livez").status_code == 503, "alive")
+    assert "has not come back for" in server.client.get("/livez").json()["detail"]
+    assert server.client.get("/readyz").status_code == 503
+    waits = server.client.post("/v1/inspect", content=encoded(picture()), headers=headers)
+    assert waits.status_code == 504
+    assert server.stop() == 1
+
+    again = serve()
+    assert again.client.get(f"/v1/inspections/{id}").status_code == 200
+
+
 def test_a_killed_service_comes_back_with_its_calibration(serve: Callable[..., Server]) -> None:
     server = serve()
     files = [("images", (name, data)) for name, data in normal_pictures(25)]
