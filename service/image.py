@@ -7,6 +7,7 @@ repeated, 16 bits are scaled to 8 by dropping the low byte.
 
 import hashlib
 import io
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ _REDUCED = {
 
 _BILINEAR = ResizeOptions(ResizeAlg.convolution(FilterType.bilinear))
 
-# Refusals are reported by us, with names; OpenCV would also print each to stderr.
+# Refusals are reported by us, with names; OpenCV and Pillow would also log each.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # Requests are what runs in parallel; threads within one would only get in each other's way.
 cv2.setNumThreads(1)
 # Our own limit is checked before any decoding; Pillow's would only warn, and later.
