@@ -18,6 +18,7 @@ import numpy as np
 
 from service import contamination, cores, heatmap, image
 from service.calibration import Calibration, check_samples
+from service.completion import on_thread_to_end, to_end
 from service.contamination import Tail
 from service.errors import (
     InvalidImage,
@@ -183,7 +184,7 @@ class Calibrator:
                 raise InvalidParameter(
                     f"calibration {id} has {len(known)} samples, and {limit} is the limit"
                 )
-            taken = await _to_end(self._store.add_samples, id, part.samples)
+            taken = await on_thread_to_end(self._store.add_samples, id, part.samples)
             known.update(sample.sha256 for sample in part.samples)
             part.mark_duplicates(taken)
             scored.add(part)
@@ -269,7 +270,7 @@ class Calibrator:
             await self._registry.take_up(model)
             return result
 
-        return await asyncio.shield(change())
+        return await to_end(change())
 
     def _examine(self, id: str) -> Examined:
         stored = self._store.get(id)
@@ -421,8 +422,3 @@ def _in_force(model: Model, profile: str) -> Calibration:
     if calibration is None:
         raise Uncalibrated(f"model {model.name}/{model.bundle.version} has no threshold any more")
     return calibration
-
-
-async def _to_end(write: Callable[..., T], *arguments: object) -> T:
-    """On a thread, and to the end even where the caller leaves."""
-    return await asyncio.shield(asyncio.to_thread(write, *arguments))

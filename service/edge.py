@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
 
 from service.bundle import NAME_PATTERN
 from service.errors import (
@@ -172,6 +173,8 @@ def answer_problem(request: Request, error: Exception) -> Response:
         kind = title.title().replace(" ", "")
         detail = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _methods(request) or headers.get("Allow", "")
     else:
         log.error("request_id=%s failed", request.state.request_id, exc_info=error)
         kind, title, status = "Internal", "Internal error", 500
@@ -192,9 +195,26 @@ def answer_problem(request: Request, error: Exception) -> Response:
     return JSONResponse(problem.model_dump(), status, headers, media_type=PROBLEM_JSON)
 
 
+def _methods(request: Request) -> str | None:
+    """What a path can be asked for; Starlette tells the first route's alone. None: not told."""
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    path = request.scope["path"]
+    matching = [path] if path in paths else [p for p in paths if compile_path(p)[0].match(path)]
+    return ", ".join(sorted({m.upper() for each in matching for m in paths[each]})) or None
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries of the errors that a route can answer with; `openapi` gives them a body."""
     return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
+
+
+def _never_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter is left out, not null."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
+    if len(kinds) != 1:
+        return schema
+    only: dict[str, Any] = kinds[0]
+    return {key: value for key, value in schema.items() if key != "anyOf"} | only
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
@@ -209,6 +229,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     body = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     for methods in document["paths"].values():
         for route in methods.values():
+            for parameter in route.get("parameters", ()):
+                parameter["schema"] = _never_null(parameter["schema"])
             if "security" in route:
                 route["responses"] |= {str(k): v for k, v in problems(401, 403, 429).items()}
             for status, response in route["responses"].items():

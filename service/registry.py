@@ -15,6 +15,7 @@ from pathlib import Path
 from service import bundle as bundles
 from service.bundle import Bundle, Manifest
 from service.calibration import Calibration
+from service.completion import to_end
 from service.errors import (
     BundleError,
     DatabaseAway,
@@ -331,7 +332,7 @@ class Registry:
             await asyncio.to_thread(write)
             await self._take_up_now(name)
 
-        await asyncio.shield(change())
+        await to_end(change())
 
     async def _take_up_now(self, name: str) -> None:
         """Take up what is wanted of a model now, whatever was refused a moment ago."""
@@ -589,7 +590,7 @@ class Registry:
         models = self.loaded()
         if model is not None:  # and the same anew, where it was unloaded and loaded meanwhile
             models = [model, *(m for m in models if m.key == model.key and m is not model)]
-        await asyncio.shield(self._take_up(models))
+        await to_end(self._take_up(models))
 
     async def _take_up(self, models: list[Model]) -> None:
         async with self._taking_up:

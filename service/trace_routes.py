@@ -1,13 +1,14 @@
 """The routes of what was inspected: found, exported, looked at again, and judged by people."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, ValidationError
+from pydantic import AwareDatetime, BeforeValidator, ValidationError
 
 from service import exports, uploads
 from service.access import needs
@@ -31,6 +32,15 @@ from service.schemas import Inspections as Page
 from service.trace import Trace
 
 T = TypeVar("T")
+
+
+def _refuse_number(value: object) -> object:
+    """Pydantic would take one as seconds, or as milliseconds, since 1970."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+\s*", value):
+        raise ValueError("a number is no moment: write 2026-11-26T10:00:00Z")
+    return value
+
+
 EXPORTED_TOGETHER = 1000  # inspections in memory at a time
 MAX_FEEDBACK_BYTES = 16 * 2**10
 
@@ -38,7 +48,7 @@ Id = Annotated[str, Path(pattern=ID_PATTERN)]
 Sha256 = Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="of the image's bytes")]
 OfProfile = Annotated[Profile | None, Query(description="of this profile alone; empty: of none")]
 OfVersion = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="of this version alone")]
-Moment = AwareDatetime | None
+Moment = Annotated[AwareDatetime | None, BeforeValidator(_refuse_number)]
 Score = Annotated[float | None, Query(allow_inf_nan=False)]
 
 

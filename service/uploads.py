@@ -102,6 +102,8 @@ async def images(
             raise InvalidParameter("a field `images` is text; send files (curl: images=@file)")
         yield part.filename or f"image {number}", part.data
         number += 1
+    if not number:
+        raise InvalidForm("the form has no file; send one field `images` for each")
 
 
 def bundle(request: Request) -> AsyncIterator[bytes]:

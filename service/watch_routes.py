@@ -1,10 +1,12 @@
 """The routes of drift: whether a model's images still score as its calibration's did."""
 
 import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request
 
 from service.access import needs
+from service.completion import on_thread_to_end
 from service.edge import Name, Profile, StrictRoute, Version, caller, problems, within
 from service.errors import NothingWatched
 from service.model import Model
@@ -32,8 +34,8 @@ def router(registry: Registry, watch: Watch, settings: Settings) -> APIRouter:
         """Begin a new test: the cause of an alarm was mended."""
         async with within(settings.request_timeout_s):
             model = await registry.get(name, version)
-            resetting = asyncio.to_thread(watch.reset, model, profile, by=caller(request))
-            report = await asyncio.shield(resetting)
+            reset = partial(watch.reset, model, profile, by=caller(request))
+            report = await on_thread_to_end(reset)
         return _told(model, profile, report, settings)
 
     return router

@@ -345,6 +345,36 @@ def test_an_unknown_path_is_404_and_a_wrong_method_405(client: TestClient) -> No
     assert_problem(client.get("/v1/inspect"), 405, "GET /v1/inspect")
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/models", "GET, POST"),
+        ("/v1/models/part/shadow", "DELETE, GET, PUT"),
+        ("/v1/calibrations/deactivate", "POST"),  # which is no calibration's id
+        ("/v1/calibrations/cal_1", "DELETE, GET"),
+        ("/docs", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(client: TestClient, path: str, methods: str) -> None:
+    answer = client.request("PATCH", path)
+
+    assert_problem(answer, 405)
+    assert ", ".join(sorted(answer.headers["allow"].split(", "))) == methods
+
+
+def test_no_parameter_may_be_null(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+
+    parameters = [
+        parameter
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", ())
+    ]
+    assert len(parameters) > 50
+    assert not any("null" in str(parameter["schema"]) for parameter in parameters)
+
+
 @pytest.mark.parametrize("kind", ["length", "chunked", "multipart"])
 def test_a_body_beyond_the_limit_is_413_with_the_limit(
     settings: Settings, write_bundle: Write, kind: str

@@ -173,6 +173,8 @@ def test_a_page_that_holds_exactly_the_rest_is_the_last(
         "after=nonsense",
         "decision=ok",
         "label=good",
+        "since=0.5",
+        "until=1764150000",
         "since=2026-11-26T12:00:00",  # in which zone?
         "min_score=nan",
         "sha256=short",

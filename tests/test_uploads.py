@@ -122,6 +122,25 @@ def test_a_form_that_can_not_be_read_is_refused_with_the_reason(body: bytes, wor
         images_of(cut(body, 500))
 
 
+def test_a_form_without_files_is_refused() -> None:
+    with pytest.raises(InvalidForm, match="has no file"):
+        images_of([form()])
+
+
+def test_a_header_of_a_field_that_never_ends_is_refused_before_it_fills_the_memory() -> None:
+    def chunks() -> Iterable[bytes]:
+        yield b"--%s\r\nContent-Disposition: form-data; name=" % BOUNDARY
+        for _ in range(1000):
+            yield b"x" * 1000
+            sent.append(1000)
+
+    sent: list[int] = []
+    with pytest.raises(InvalidForm, match="Maximum header size"):
+        images_of(chunks())
+
+    assert sum(sent) < 100_000
+
+
 def test_a_form_without_a_boundary_is_refused() -> None:
     request = request_of([form(field(b"x"))], {"content-type": "multipart/form-data"})
     with pytest.raises(InvalidForm, match="no boundary"):
