@@ -113,19 +113,24 @@ def compose() -> list[str]:
     return command
 
 
-@pytest.fixture(scope="module")
-def stack(compose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    override = tmp_path_factory.mktemp("docker") / "override.yml"
+def stack_of(compose: list[str], folder: Path, *overlays: str, **environment: str) -> Stack:
+    """docker-compose.yml and what is laid over it, under a name and on ports of its own."""
+    override = folder / "override.yml"
     override.write_text(OVERRIDE)
     ports = {"PORT": str(free_port()), "PROMETHEUS_PORT": str(free_port())}
     project = f"skrd4ad-test-{uuid.uuid4().hex[:8]}"
-    files = ["-f", str(ROOT / "docker-compose.yml"), "-f", str(override)]
-    stack = Stack(
-        command=[*compose, "-p", project, *files],
-        environment={**os.environ, **ports, "RUNTIME": "cpu", "SKRD4AD_DEVICE": "cpu"},
+    files = [ROOT / "docker-compose.yml", *(ROOT / overlay for overlay in overlays), override]
+    return Stack(
+        command=[*compose, "-p", project, *(f"-f{file}" for file in files)],
+        environment=os.environ | ports | {"RUNTIME": "cpu", "SKRD4AD_DEVICE": "cpu"} | environment,
         service=f"http://127.0.0.1:{ports['PORT']}",
         prometheus=f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}",
     )
+
+
+@pytest.fixture(scope="module")
+def stack(compose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = stack_of(compose, tmp_path_factory.mktemp("docker"))
     stack.compose("build", "inspect", timeout_s=900)
     with ExitStack() as afterwards:
         afterwards.callback(stack.compose, "down", "--volumes")
@@ -220,6 +225,35 @@ def test_the_image_alone_refuses_to_be_open_unless_told(stack: Stack) -> None:
 
     assert ended.returncode == 1
     assert "SKRD4AD_ALLOW_ANONYMOUS=true" in ended.stderr
+    assert "keys create" in ended.stderr
+
+
+@pytest.mark.docker
+def test_keys_come_from_a_secret_and_from_the_command(
+    compose: list[str], stack: Stack, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text(f"line-3 inspect {'t' * 40}\n")
+    closed = stack_of(compose, tmp_path, "docker/keys.yml", KEYS=str(tmp_path / "keys"))
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # the container's user must reach the file
+        folder.chmod(folder.stat().st_mode | 0o055)
+    with ExitStack() as afterwards:
+        afterwards.callback(closed.compose, "down", "--volumes")
+        afterwards.callback(lambda: print(closed.compose("logs", "inspect")))
+        closed.compose("up", "--detach", "--no-build", "inspect")
+        closed.wait_until_healthy()
+        create = ("keys", "create", "--name", "boss", "--scope", "admin")
+        token = closed.compose("exec", "-T", "inspect", "python", "-m", "service", *create)
+
+        def models(**headers: str) -> int:
+            url = f"{closed.service}/v1/models"
+            return httpx2.get(url, headers=headers, trust_env=False).status_code
+
+        assert (models(), models(Authorization="Bearer " + "x" * 40)) == (401, 401)
+        assert models(Authorization="Bearer " + "t" * 40) == 200
+        assert models(Authorization=f"Bearer {token.strip()}") == 200
+        assert httpx2.get(f"{closed.service}/metrics", trust_env=False).status_code == 200
+        logs = closed.compose("logs", "inspect")
+        assert "t" * 40 not in logs and token.strip() not in logs
 
 
 @pytest.mark.docker
