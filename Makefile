@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers constraints clean
+.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers constraints sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -109,6 +109,17 @@ constraints: .venv/bin/uv  ## pin the newest versions that pyproject.toml allows
 	$(PIN) --universal --extra cpu --extra gpu --extra training --extra dev pyproject.toml -o constraints.txt
 	for peer in litserve 'ray[serve]' 'bentoml>=1.4 httptools uvloop' 'anomalib[openvino]'; do \
 	  (printf '%s\n' $$peer; grep -E '^($(SHARED))==' constraints.txt) | $(PIN) - -o bench/peers/$${peer%%[[>]*}.txt; done
+
+runs/supply/env-$(RUNTIME): .venv/bin/uv pyproject.toml constraints.txt
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python $@
+	.venv/bin/uv pip install --quiet --python $@/bin/python --constraints constraints.txt '.[$(RUNTIME)]'
+
+sbom: runs/supply/env-$(RUNTIME)  ## write what the service consists of as CycloneDX: runs/supply/sbom-$(RUNTIME).json
+	.venv/bin/uv tool run --quiet --from cyclonedx-bom cyclonedx-py environment --output-reproducible --of JSON -o runs/supply/sbom-$(RUNTIME).json $</bin/python
+
+audit: runs/supply/env-$(RUNTIME)  ## look for known vulnerabilities of what the service consists of
+	.venv/bin/uv pip freeze --quiet --python $</bin/python | grep -v '^skrd4ad' > runs/supply/requirements-$(RUNTIME).txt
+	.venv/bin/uv tool run --quiet pip-audit --no-deps --disable-pip --requirement runs/supply/requirements-$(RUNTIME).txt
 
 clean:  ## remove .venv and what tests and demos left
 	rm -rf .venv runs state .mypy_cache .pytest_cache .ruff_cache
