@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers constraints sbom audit clean
+.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers soak overload constraints sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -90,6 +90,11 @@ bench: .venv/development-$(RUNTIME) bench-peers  ## measure beside the peers, in
 	.venv/bin/python -m bench.engine --bundle models/demo/1 $(WIDE) --rounds 3 --out bench/results/engine
 	.venv/bin/python -m bench.pixels --out bench/results/pixels
 	.venv/bin/python -m bench.serving --out bench/results/serving
+
+soak: MINUTES ?= 30
+overload: MINUTES ?= 5
+soak overload: .venv/development-$(RUNTIME)  ## measure a service over hours, or under ten times what it can do [MINUTES=30|5]
+	.venv/bin/python -m bench.endurance $@ --minutes $(MINUTES) --out bench/results/$@
 
 bench-peers: $(PEERS:%=runs/bench/env/%/installed)  ## install the peers to measure beside (7 GB)
 

@@ -1,4 +1,5 @@
-"""Lines over a parameter -> an SVG file: images/s on the left, p99 on the right."""
+"""Lines -> an SVG file: images/s on the left and p99 on the right over a parameter, or anything
+over time."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -96,4 +97,44 @@ def _legend(series: Mapping[str, Sequence[Point]], y: int) -> str:
         drawn.append(f'<rect x="{x}" y="{y - 8}" width="10" height="8" fill="{colour}"/>')
         drawn.append(f'<text x="{x + 14}" y="{y}">{escape(name)}</text>')
         x += 30 + 7 * len(name)
+    return "\n".join(drawn) + "\n"
+
+
+def over_time(title: str, panels: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """A panel for each of the series of (minute, value), side by side, from nothing on."""
+    count = len(panels)
+    width, height = count * (LEFT + WIDTH) + GAP, TOP + HEIGHT + BOTTOM
+    drawn = "".join(
+        _over_time(LEFT + number * (WIDTH + LEFT), label, points)
+        for number, (label, points) in enumerate(panels.items())
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11" fill="#333">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n'
+        f'<text x="{LEFT}" y="16" font-size="13">{escape(title)}</text>\n{drawn}</svg>\n'
+    )
+
+
+def _over_time(left: int, label: str, points: Sequence[tuple[float, float]]) -> str:
+    minutes, values = np.array(points or [(0.0, 1.0)], float).T
+    x, y = Axis(0.0, max(float(minutes.max()), 1e-9)), Axis(0.0, float(values.max()) * 1.1)
+    drawn = [f'<text x="{left}" y="{TOP - 6}">{escape(label)}</text>']
+    for place, text in y.ticks():
+        height = TOP + HEIGHT * (1 - place)
+        drawn.append(f'<path d="M{left} {height:.1f}h{WIDTH}" stroke="#ddd"/>')
+        drawn.append(f'<text x="{left - 6}" y="{height + 4:.1f}" text-anchor="end">{text}</text>')
+    for place, text in x.ticks():
+        drawn.append(
+            f'<text x="{left + WIDTH * place:.1f}" y="{TOP + HEIGHT + 16}" '
+            f'text-anchor="middle">{text}</text>'
+        )
+    drawn.append(
+        f'<text x="{left + WIDTH}" y="{TOP + HEIGHT + 32}" text-anchor="end">minutes</text>'
+    )
+    places = zip(left + WIDTH * x.at(minutes), TOP + HEIGHT * (1 - y.at(values)), strict=True)
+    joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+    drawn.append(
+        f'<polyline points="{joined}" fill="none" stroke="{COLOURS["ours"]}" stroke-width="1.5"/>'
+    )
     return "\n".join(drawn) + "\n"
