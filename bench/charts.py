@@ -118,7 +118,10 @@ def over_time(title: str, panels: Mapping[str, Sequence[tuple[float, float]]]) -
 
 def _over_time(left: int, label: str, points: Sequence[tuple[float, float]]) -> str:
     minutes, values = np.array(points or [(0.0, 1.0)], float).T
-    x, y = Axis(0.0, max(float(minutes.max()), 1e-9)), Axis(0.0, float(values.max()) * 1.1)
+    x, y = (
+        Axis(0.0, max(float(minutes.max()), 1e-9)),
+        Axis(0.0, max(float(values.max()) * 1.1, 1e-9)),
+    )
     drawn = [f'<text x="{left}" y="{TOP - 6}">{escape(label)}</text>']
     for place, text in y.ticks():
         height = TOP + HEIGHT * (1 - place)

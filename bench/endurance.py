@@ -156,7 +156,9 @@ async def soak(server: Server, minutes: float) -> Soak:
     return found
 
 
-async def overload(server: Server, minutes: float, pictures: Sequence[Path]) -> Overload:
+async def overload(
+    server: Server, minutes: float, pictures: Sequence[Path], *, closed_s: float = 15
+) -> Overload:
     """Ten times what 32 clients get, and the probes meanwhile."""
     requests = [
         load.picture_request(server.url("none"), path.read_bytes(), "image/jpeg")
@@ -165,7 +167,7 @@ async def overload(server: Server, minutes: float, pictures: Sequence[Path]) -> 
     seconds = 60 * minutes
 
     async def closed() -> float:
-        found = await load.measure(server.address, requests, clients=MOST, seconds=15)
+        found = await load.measure(server.address, requests, clients=MOST, seconds=closed_s)
         return found.images_per_s
 
     before = await closed()
