@@ -115,7 +115,7 @@ def _tls(settings: Settings) -> dict[str, Any]:
         context.load_cert_chain(settings.tls_certificate, settings.tls_key)
     except OSError as error:
         raise SettingsError(
-            f"TLS certificate {settings.tls_certificate} with key {settings.tls_key}: {error}"
+            f"SKRD4AD_TLS_CERTIFICATE {settings.tls_certificate} with SKRD4AD_TLS_KEY: {error}"
         ) from None
     return {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
 

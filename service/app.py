@@ -115,8 +115,7 @@ def create_app(settings: Settings) -> FastAPI:
         stop.set()
         # A database that hangs keeps a thread; what was inspected must be written all the same.
         await asyncio.wait(following, timeout=FOLLOW_S)
-        app.state.hangs = registry.hangs
-        await registry.close()
+        app.state.hangs = not await registry.close()
         workers.shutdown()
         # The trace after the archive, as it tells which images could be written.
         for thread in (retention, archive, trace):
@@ -136,7 +135,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_errors(app)
     app.include_router(_inspection(registry, inspector, settings))
     app.include_router(calibration_routes.router(registry, calibrator, store, settings))
-    app.include_router(trace_routes.router(inspections, trace, archive, registry))
+    app.include_router(trace_routes.router(inspections, trace, archive, registry, settings))
     app.include_router(watch_routes.router(registry, watch, settings))
     intake = Intake(registry, settings)
     app.include_router(model_routes.router(registry, rollouts, intake, settings))

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from functools import cache
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -199,8 +200,13 @@ def _methods(request: Request) -> str | None:
     """What a path can be asked for; Starlette tells the first route's alone. None: not told."""
     paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
     path = request.scope["path"]
-    matching = [path] if path in paths else [p for p in paths if compile_path(p)[0].match(path)]
+    matching = [path] if path in paths else [each for each in paths if _regex(each).match(path)]
     return ", ".join(sorted({m.upper() for each in matching for m in paths[each]})) or None
+
+
+@cache
+def _regex(path: str) -> re.Pattern[str]:
+    return compile_path(path)[0]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

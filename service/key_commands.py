@@ -13,6 +13,8 @@ from service.errors import SettingsError
 from service.keys import SCOPES, Keys, Scope, check_name
 from service.settings import Settings, load
 
+MIN_RATE = 1e-3  # requests a second: one in a quarter of an hour
+
 
 def add(commands: Any) -> None:
     """Adds `keys` to a parser's commands."""
@@ -60,12 +62,13 @@ def _later(text: str) -> datetime:
             moment = datetime.now(UTC) + timedelta(hours=count * (24 if text[-1] == "d" else 1))
         else:
             moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            raise argparse.ArgumentTypeError(f"{text!r} has no time zone: append Z, say")
+        moment = moment.astimezone(UTC)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no moment; 90d is, or 2027-01-01T00:00Z"
         ) from None
-    if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{text!r} has no time zone: append Z, say")
     if moment <= datetime.now(UTC):
         raise argparse.ArgumentTypeError(f"{text!r} is past")
     return moment
@@ -85,8 +88,10 @@ def _create_key(
     name: str, scope: Scope, expires: datetime | None, max_rate: float | None, **settings: object
 ) -> int:
     check_name(name, "--name")
-    if max_rate is not None and not 0 < max_rate < math.inf:
-        raise SettingsError(f"--max-rate {max_rate:g} is no rate: requests a second, above 0")
+    if max_rate is not None and not MIN_RATE <= max_rate < math.inf:
+        raise SettingsError(
+            f"--max-rate {max_rate:g} is no rate: requests a second, {MIN_RATE:g} or more"
+        )
     with _keys(settings) as (keys, place):
         first = not keys.all()
         token = keys.create(name, scope, expires=expires, max_rate=max_rate)

@@ -9,6 +9,7 @@ import hmac
 import logging
 import re
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Scope = Literal["inspect", "calibrate", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
-KEY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+KEY_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ANONYMOUS = "anonymous"  # who asks without one
 PREFIX = "skrd4ad_"  # by which scanners of repositories and logs can tell a token
 MIN_TOKEN, MAX_TOKEN = 32, 256  # characters
@@ -102,15 +103,16 @@ class Keys:
 class Keyring:
     """The keys as of a moment ago; raises DatabaseAway or SettingsError where they can't be read.
 
-    Once there was a key, revoked or not, every caller needs one.
+    Once there was a key, revoked or not, or where a file of keys is named, every caller needs one.
     """
 
     def __init__(self, keys: Keys, file: Path | None) -> None:
         self._keys, self._file = keys, file
         self._stored: list[Key] = []
         self._filed: list[Key] = []
-        self._closed, self._looked, self._told = False, 0.0, ""
-        self._looking = asyncio.Lock()
+        self._closed, self._looked, self._told = file is not None, 0.0, ""
+        self._looking_again = asyncio.Lock()
+        self._looking = threading.Lock()  # so that no older look overwrites a newer one
         self.look()
 
     @property
@@ -119,14 +121,15 @@ class Keyring:
         return self._closed
 
     def look(self) -> None:
-        """Take up keys that were made or taken back; a file that can't be read holds up none of
-        the database's."""
-        self._stored = self._keys.all()
-        if self._file:
-            self._filed = read(self._file)
-        self._closed = self._closed or bool(self._stored or self._filed)
-        in_force = [key for key in self._stored if key.revoked is None]
-        _refuse_twice(in_force + self._filed, "keys of the database and the file")
+        """Take up keys that were made or taken back; neither the database nor the file holds up
+        the other's."""
+        with self._looking:
+            try:
+                if self._file:
+                    self._filed = read(self._file)
+            finally:
+                self._stored = self._keys.all()
+                self._closed = self._closed or bool(self._stored)
 
     async def find(self, token: str) -> Key:
         """The key with this token; raises Unauthorized where there is none, or it is no longer in
@@ -137,10 +140,10 @@ class Keyring:
             key = self._match(token)
         if key is None:
             raise Unauthorized("there is no such key")
-        now = datetime.now(UTC)
-        for end, what in ((key.revoked, "was revoked"), (key.expires, "expired")):
-            if end is not None and end <= now:
-                raise Unauthorized(f"the key {key.name} {what} at {end:%Y-%m-%d %H:%M:%S} UTC")
+        if key.revoked is not None:
+            raise Unauthorized(f"the key {key.name} was revoked at {_shown(key.revoked)}")
+        if key.expires is not None and key.expires <= datetime.now(UTC):
+            raise Unauthorized(f"the key {key.name} expired at {_shown(key.expires)}")
         return key
 
     async def follow(self, stop: asyncio.Event, interval_s: float) -> None:
@@ -170,11 +173,16 @@ class Keyring:
 
     async def _look_again(self) -> None:
         """It may be new; but whoever guesses keeps the database no busier than this."""
-        async with self._looking:
-            if time.monotonic() - self._looked > _LOOK_AGAIN_S:
-                self._looked = time.monotonic()
+        asked = time.monotonic()
+        async with self._looking_again:
+            if self._looked < asked and time.monotonic() - self._looked > _LOOK_AGAIN_S:
                 with suppress(DatabaseAway, SettingsError):
                     await asyncio.to_thread(self.look)
+                self._looked = time.monotonic()
+
+
+def _shown(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def hashed(token: str) -> str:
@@ -195,7 +203,7 @@ def read(file: Path) -> list[Key]:
         for number, line in enumerate(lines, 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
-    _refuse_twice(keys, f"keys file {file}")
+    _refuse_twice(keys, file)
     return keys
 
 
@@ -215,19 +223,19 @@ def _of_line(words: list[str], place: str) -> Key:
     return Key(name, scope, hashed(token))
 
 
-def _refuse_twice(keys: Sequence[Key], place: str) -> None:
+def _refuse_twice(keys: Sequence[Key], file: Path) -> None:
     """Who did what must stay plain."""
     for what in ("name", "hash"):
         counts = Counter(getattr(key, what) for key in keys)
         for key in keys:
             if counts[getattr(key, what)] > 1:
                 told = "name" if what == "name" else "token"
-                raise SettingsError(f"{place}: the {told} of {key.name} is there twice")
+                raise SettingsError(f"keys file {file}: the {told} of {key.name} is there twice")
 
 
 def check_name(name: str, place: str) -> None:
     """Raises SettingsError for what can't be a key's name."""
-    if not re.match(KEY_NAME_PATTERN, name) or name == ANONYMOUS:
+    if not re.fullmatch(KEY_NAME_PATTERN, name) or name == ANONYMOUS:
         raise SettingsError(
             f"{place}: {name!r} is no name for a key: up to 64 letters, digits, dots, dashes and "
             f"underscores, and not {ANONYMOUS}"

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import numpy as np
@@ -28,6 +28,8 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 10.0  # for what the threads are at when the service goes
+
 
 class Loader:
     """Loads and frees models; `device_thread` is the one that runs all their graphs."""
@@ -39,6 +41,7 @@ class Loader:
         self._alive: weakref.WeakSet[Model] = weakref.WeakSet()
         self._freed = threading.Condition()
         self._closed = False
+        self._busy = threading.Lock()  # while something is loaded
 
     def load(
         self, bundle: Callable[[], Bundle], key: Key, *, aside: bool = True
@@ -70,13 +73,23 @@ class Loader:
 
         return self.alive <= most or await asyncio.to_thread(wait)
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Ends the threads; False where one doesn't come back within `CLOSE_S`."""
         self._closed = True
         self._notify()
-        self._thread.shutdown(cancel_futures=True)
-        self.device_thread.shutdown(wait=self.hung_s is None)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        ended = self.device_thread.submit(lambda: None)  # behind all that it has to do
+        self.device_thread.shutdown(wait=False)
+        deadline = time.monotonic() + CLOSE_S
+        if not self._busy.acquire(timeout=CLOSE_S):
+            return False
+        return not wait([ended], deadline - time.monotonic()).not_done
 
     def _load(self, bundle: Callable[[], Bundle], key: Key, aside: bool) -> Model:
+        with self._busy:
+            return self._loaded(bundle, key, aside)
+
+    def _loaded(self, bundle: Callable[[], Bundle], key: Key, aside: bool) -> Model:
         started = time.perf_counter()
         try:
             model = self._opened(bundle(), key, aside)

@@ -53,10 +53,9 @@ class RequestRecord:
         try:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # by the server, which goes
-            if status:
-                raise
-            refusal = NotReady("the service is going, and broke this request off")
-            await answer_problem(Request(scope), refusal)(scope, receive, send_with_id)
+            if not status:
+                refusal = NotReady("the service is going, and broke this request off")
+                await answer_problem(Request(scope), refusal)(scope, receive, send_with_id)
         finally:
             self._record(scope, request_id, status or 500, time.perf_counter() - started)
 

@@ -117,11 +117,6 @@ class Registry:
         found = (self._refused.reason(name), self._refused_shadows.reason(name))
         return [reason for reason in found if reason]
 
-    @property
-    def hangs(self) -> bool:
-        """Whether the device doesn't come back, and the process can't end in order."""
-        return self._loader.hung_s is not None
-
     def check_alive(self) -> None:
         """Raises NotReady where the device doesn't come back."""
         hung_s = self._loader.hung_s
@@ -666,15 +661,15 @@ class Registry:
                 metrics.calibration_made.labels(*labels).set(calibration.made.timestamp())
         self._published[model.name] = profiles
 
-    async def close(self) -> None:
-        """Give up what is being loaded, and end the threads."""
+    async def close(self) -> bool:
+        """Give up what is being loaded, and end the threads; False where one doesn't come back."""
         changes = list(self._changes.values())
         for task in changes:
             task.cancel()
         await asyncio.gather(*changes, return_exceptions=True)
         await self._loads.close()
         await self._shadows.close()
-        self._loader.close()
+        return await asyncio.to_thread(self._loader.close)
 
 
 def _told(error: Exception) -> str:

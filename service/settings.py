@@ -14,6 +14,7 @@ from service.devices import Device, Precision
 from service.errors import SettingsError
 
 PREFIX = "SKRD4AD_"
+_SECRETS = ("database_url",)  # which may be in a file
 
 
 class Settings(BaseSettings):
@@ -157,8 +158,7 @@ class Settings(BaseSettings):
 def load(**overrides: object) -> Settings:
     """Settings of the environment and `overrides`; raises SettingsError naming variable and value.
 
-    `SKRD4AD_<NAME>_FILE` names a file whose text is the value, for what must not be seen in the
-    environment.
+    `SKRD4AD_DATABASE_URL_FILE` names a file whose text is the value, as that may hold a password.
     """
     _refuse_unknown(os.environ)
     try:
@@ -177,7 +177,7 @@ def load(**overrides: object) -> Settings:
 def _of_files(environment: Mapping[str, str]) -> dict[str, object]:
     """Values that the environment has in files; raises SettingsError."""
     values: dict[str, object] = {}
-    for name in Settings.model_fields:
+    for name in _SECRETS:
         variable = f"{PREFIX}{name.upper()}"
         path = environment.get(f"{variable}_FILE")
         if path is None:
@@ -217,10 +217,11 @@ def _refuse_contradictions(settings: Settings) -> None:
 def _refuse_unknown(environment: Iterable[str]) -> None:
     """A misspelt variable would leave its default in force unseen."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    known |= {f"{name}_FILE" for name in known}
+    known |= {f"{PREFIX}{name.upper()}_FILE" for name in _SECRETS}
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, 1)
+            plain = name.upper().removesuffix("_FILE")
+            near = [plain] if plain in known else difflib.get_close_matches(plain, known, 1)
             raise SettingsError(f"{name} is no setting" + (f"; {near[0]} is" if near else ""))
 
 

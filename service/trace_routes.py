@@ -14,7 +14,7 @@ from service import exports, uploads
 from service.access import needs
 from service.bundle import NAME_PATTERN
 from service.calibration import Decision
-from service.edge import BINARY, Limit, Name, Profile, StrictRoute, caller, problems
+from service.edge import BINARY, Limit, Name, Profile, StrictRoute, caller, problems, within
 from service.errors import ImageNotKept, UnknownInspection, UnknownModel
 from service.feedback import summaries
 from service.image_archive import ImageArchive
@@ -29,6 +29,7 @@ from service.schemas import (
     RecordedInspection,
 )
 from service.schemas import Inspections as Page
+from service.settings import Settings
 from service.trace import Trace
 
 T = TypeVar("T")
@@ -86,7 +87,11 @@ Filtered = Annotated[Filter, Depends(_filter)]
 
 
 def router(
-    inspections: Inspections, trace: Trace, archive: ImageArchive, registry: Registry
+    inspections: Inspections,
+    trace: Trace,
+    archive: ImageArchive,
+    registry: Registry,
+    settings: Settings,
 ) -> APIRouter:
     router = APIRouter(tags=["trace"], route_class=StrictRoute)
 
@@ -179,11 +184,12 @@ def router(
                 "content": {"application/json": {"schema": FeedbackIn.model_json_schema()}},
             }
         },
-        responses=problems(404, 413, 422, 503),
+        responses=problems(404, 413, 422, 503, 504),
     )
     async def give_feedback(id: Id, request: Request) -> FeedbackOut:
         """Say what the part really was. The last word counts, and all are kept."""
-        given = _feedback(await uploads.limited(request, MAX_FEEDBACK_BYTES).body())
+        async with within(settings.request_timeout_s):
+            given = _feedback(await uploads.limited(request, MAX_FEEDBACK_BYTES).body())
 
         def store() -> Any:
             return inspections.label(id, given.label, given.note, by=caller(request))

@@ -77,6 +77,7 @@ def test_a_key_can_expire(
         (("--expires", "-1d"), "is past"),
         (("--expires", "nand"), "is no moment"),
         (("--expires", "1e300d"), "is no moment"),
+        (("--expires", "9999-12-31T23:59-05:00"), "is no moment"),
         (("--scope", "root"), "invalid choice: 'root'"),
     ],
 )
@@ -95,6 +96,8 @@ def test_arguments_that_are_none_are_refused(
     [
         (("--name", "a b", "--scope", "admin"), "--name: 'a b' is no name"),
         (("--name", "anonymous", "--scope", "admin"), "--name: 'anonymous' is no name"),
+        (("--name", "a\n", "--scope", "admin"), "--name: 'a\\n' is no name"),
+        (("--name", "a", "--scope", "admin", "--max-rate", "1e-310"), "--max-rate 1e-310 is no"),
         (("--name", "a", "--scope", "admin", "--max-rate", "0"), "--max-rate 0 is no rate"),
         (("--name", "a", "--scope", "admin", "--max-rate", "nan"), "--max-rate nan is no rate"),
     ],

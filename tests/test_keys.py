@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def test_revoking_the_last_key_opens_nothing(keys: Keys) -> None:
     assert "line-3 was revoked at 2" in refused(keyring, token)
 
 
+def test_a_key_is_revoked_by_whoevers_clock(keys: Keys, database: Database) -> None:
+    token = keys.create("line-3", "inspect")
+    late = datetime.now(UTC) + timedelta(hours=1)
+    with database.write() as connection:
+        connection.execute(tables.keys.update().values(revoked=late))
+
+    assert "was revoked" in refused(Keyring(keys, None), token)
+
+
 def test_a_key_expires_by_itself(keys: Keys) -> None:
     keyring = Keyring(keys, None)
     token = keys.create("line-3", "inspect", expires=datetime.now(UTC) + timedelta(hours=1))
@@ -166,15 +176,19 @@ def test_a_key_that_was_made_a_moment_ago_is_found(
     assert find(keyring, token).name == "line-3"
 
 
-def test_guesses_keep_the_database_no_busier_than_the_interval(
+def test_guesses_that_come_together_look_once_and_wait_no_longer(
     keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys.create("line-3", "inspect")
     keyring = Keyring(keys, None)
-    monkeypatch.setattr(module, "_LOOK_AGAIN_S", 3600.0)
-    keyring._looked = float("-inf")
+    monkeypatch.setattr(module, "_LOOK_AGAIN_S", 0.0)
     looks: list[None] = []
-    monkeypatch.setattr(keys, "all", lambda: looks.append(None) or [])
+
+    def slowly() -> None:
+        looks.append(None)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(keyring, "look", slowly)
 
     async def guess() -> None:
         results = await asyncio.gather(
@@ -183,6 +197,22 @@ def test_guesses_keep_the_database_no_busier_than_the_interval(
         assert all(isinstance(result, Unauthorized) for result in results)
 
     asyncio.run(guess())
+
+    assert len(looks) == 1
+
+
+def test_guesses_keep_the_database_no_busier_than_the_interval(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.create("line-3", "inspect")
+    keyring = Keyring(keys, None)
+    monkeypatch.setattr(module, "_LOOK_AGAIN_S", 3600.0)
+    keyring._looked = float("-inf")
+    looks: list[None] = []
+    monkeypatch.setattr(keyring, "look", lambda: looks.append(None))
+
+    for _ in range(20):
+        refused(keyring, "x" * 64)
 
     assert len(looks) == 1
 
@@ -316,13 +346,34 @@ def test_a_file_that_is_wrong_is_refused_with_its_line_and_without_its_secrets(
     assert TOKEN not in str(raised.value) and "short-secret" not in str(raised.value)
 
 
-def test_a_name_that_the_database_has_in_force_is_refused_in_the_file(
-    keys: Keys, keys_file: Path
+def test_a_file_closes_the_service_even_where_it_is_empty(keys: Keys, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# none yet\n")
+
+    assert Keyring(keys, tmp_path / "keys").closed
+
+
+def test_a_line_that_goes_while_the_database_is_away_is_a_key_that_goes(
+    keys: Keys, keys_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys.create("line-3", "admin")
-    with pytest.raises(SettingsError, match="the name of line-3 is there twice"):
-        Keyring(keys, keys_file)
+    keyring = Keyring(keys, keys_file)
 
-    keys.revoke("line-3")
+    def away() -> list[Key]:
+        raise DatabaseAway("away")
 
-    assert Keyring(keys, keys_file).closed
+    monkeypatch.setattr(keys, "all", away)
+    keys_file.write_text("")
+    with pytest.raises(DatabaseAway):
+        keyring.look()
+
+    assert refused(keyring, TOKEN) == "there is no such key"
+
+
+def test_a_file_that_is_refused_changes_nothing(keys: Keys, keys_file: Path) -> None:
+    keyring = Keyring(keys, keys_file)
+
+    keys_file.write_text(f"new admin {'n' * 40}\nnew admin {'m' * 40}\n")
+    with pytest.raises(SettingsError):
+        keyring.look()
+
+    assert find(keyring, TOKEN).name == "line-3"
+    assert refused(keyring, "n" * 40) == "there is no such key"

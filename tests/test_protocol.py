@@ -1,5 +1,6 @@
 """What a client sends, or doesn't: limits of its head, and of how long it may take."""
 
+import contextlib
 import json
 import socket
 import time
@@ -10,6 +11,7 @@ import pytest
 from conftest import bundle_files, encoded, picture
 from test_serve import Server, received, wait_for
 
+from bench.processes import resident_mb
 from service.protocol import MAX_HEAD
 
 PICTURE = encoded(picture())
@@ -199,6 +201,83 @@ def test_what_is_no_http_is_400(connection: socket.socket, data: bytes) -> None:
     assert problem(answer)["status"] == 400
 
 
+@pytest.mark.parametrize("data", [b"a: b\r\n", b"x" * 1000], ids=["many", "one without end"])
+def test_what_comes_behind_a_body_is_limited_as_well(
+    server: Server, connection: socket.socket, data: bytes
+) -> None:
+    settled = resident_mb(server.process.pid)
+    connection.sendall(
+        b"POST /nowhere HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"1\r\nx\r\n0\r\n" + (b"" if data.endswith(b"\n") else b"a: ")
+    )
+
+    with pytest.raises(ConnectionError):
+        for _ in range(200):
+            connection.sendall(data * 100_000 if len(data) < 100 else data * 1000)
+
+    assert resident_mb(server.process.pid) < settled + 50
+
+
+def test_what_comes_behind_a_body_is_left_out(connection: socket.socket) -> None:
+    head = HEAD.split(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%s\r\n0\r\nX-Checksum: 1\r\n\r\n" % (len(PICTURE), PICTURE)
+
+    connection.sendall(head + body)
+
+    answers(connection, b"HTTP/1.1 200")
+
+
+def test_requests_that_wait_for_their_turn_are_limited(connection: socket.socket) -> None:
+    connection.sendall(LIVE * 5000)
+
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            received += chunk
+    assert received.count(b"HTTP/1.1 200") < 5000
+
+
+def test_who_reads_no_answers_is_disconnected(server: Server) -> None:
+    settled = resident_mb(server.process.pid)
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: t\r\n\r\n"
+    with socket.socket() as connection, contextlib.suppress(ConnectionError, TimeoutError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", server.port))
+        for _ in range(200):
+            connection.sendall(ask)
+            time.sleep(0.02)
+
+    wait_for(lambda: "nothing of an answer was read" in server.log.read_text(), "kept")
+    assert resident_mb(server.process.pid) < settled + 50
+
+
+def test_who_reads_an_answer_slowly_gets_all_of_it(server: Server) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(LIVE.replace(b"/livez", b"/openapi.json"))
+        received = b""
+        while not received.endswith(b"}}}}") and b'"Problem"' not in received[-2000:]:
+            chunk = connection.recv(4096)
+            assert chunk, "broken off"
+            received += chunk
+            time.sleep(0.05)
+
+
+def test_a_request_and_a_part_of_the_next_are_no_large_head(connection: socket.socket) -> None:
+    body = b"x" * 100_000
+    head = f"POST /nowhere HTTP/1.1\r\nHost: t\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    connection.sendall(head.encode() + body + LIVE[:10])
+    answers(connection, b"HTTP/1.1 404")
+    connection.sendall(LIVE[10:])
+
+    answers(connection, b"HTTP/1.1 200")
+
+
 def test_the_service_goes_on_after_all_that(server: Server) -> None:
     assert server.inspect(PICTURE).status_code == 200
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log, log[log.index("Traceback") - 300 :][:6000]

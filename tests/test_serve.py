@@ -47,6 +47,7 @@ class Server:
         environment = {
             "database_url": f"sqlite:///{folder / 'state.sqlite'}",
             "shutdown_delay_s": "0",
+            "receive_timeout_s": "10",
         } | environment
         self._environment = {f"SKRD4AD_{k.upper()}": v for k, v in environment.items()}
         self.process = self._started()
@@ -340,6 +341,36 @@ def test_a_device_that_hangs_fails_liveness_and_holds_up_neither_the_end_nor_the
     assert again.client.get(f"/v1/inspections/{id}").status_code == 200
 
 
+def test_a_device_that_hung_just_now_holds_the_end_up_no_longer_than_is_said(
+    serve: Callable[..., Server], write_bundle: Write
+) -> None:
+    write_bundle(version=2, graph=brightness_graph(hanging=True))
+    server = serve(shutdown_timeout_s="1")
+    id = server.inspect(encoded(picture())).json()["id"]
+    headers = {"Content-Type": "image/png", "X-Request-Timeout-Ms": "100"}
+    server.client.post("/v1/inspect", content=encoded(picture(1.0)), headers=headers)
+
+    assert server.stop() == 1
+
+    assert serve().client.get(f"/v1/inspections/{id}").status_code == 200
+
+
+def test_the_end_waits_for_nobody_who_reads_nothing(serve: Callable[..., Server]) -> None:
+    server = serve(shutdown_timeout_s="600")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        for _ in range(50):  # far more than the buffers of both sides take
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: t\r\n\r\n")
+            time.sleep(0.01)
+
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        server.process.send_signal(signal.SIGINT)
+
+        assert server.process.wait(30) == 0
+
+
 def test_a_killed_service_comes_back_with_its_calibration(serve: Callable[..., Server]) -> None:
     server = serve()
     files = [("images", (name, data)) for name, data in normal_pictures(25)]
@@ -521,7 +552,7 @@ def test_a_certificate_that_is_none_stops_the_start(tmp_path: Path) -> None:
         )
 
         assert result.returncode == 1
-        assert f"error: TLS certificate {path} with key {file}: " in result.stderr
+        assert f"error: SKRD4AD_TLS_CERTIFICATE {path} with SKRD4AD_TLS_KEY: " in result.stderr
 
 
 def test_a_port_that_is_taken_stops_the_start_with_its_number(

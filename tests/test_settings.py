@@ -83,6 +83,14 @@ def test_a_value_can_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         settings.load()
 
 
+def test_what_is_a_file_itself_is_in_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key would be taken for a path, and told in the error."""
+    monkeypatch.setenv("SKRD4AD_TLS_KEY_FILE", "/run/secrets/key.pem")
+
+    with pytest.raises(SettingsError, match="TLS_KEY_FILE is no setting; SKRD4AD_TLS_KEY is"):
+        settings.load()
+
+
 def test_a_file_that_can_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKRD4AD_DATABASE_URL_FILE", "/nowhere")
 
