@@ -44,7 +44,7 @@ install: .venv/development-$(RUNTIME)  ## install training and test tools as wel
 test: lint  ## install everything, check format, lint and types, run all tests
 	.venv/bin/python -m pytest
 
-test-slow: .venv/development-$(RUNTIME)  ## what takes minutes: hundreds of crashes
+test-slow: .venv/development-$(RUNTIME)  ## what takes over an hour: hundreds of kills, the API fuzzed, thousands of damaged pictures
 	.venv/bin/python -m pytest -m slow
 
 lint: .venv/development-$(RUNTIME)  ## check format, lint and types

@@ -29,12 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    """Waits for clients a second and a half."""
+    """Waits for clients two seconds."""
     for name, data in bundle_files().items():
         path = folder / "models" / "part" / "1" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    server = Server(folder, receive_timeout_s="1.5").wait_until_ready()
+    server = Server(folder, receive_timeout_s="2").wait_until_ready()
     yield server
     server.stop()
 
@@ -133,7 +133,7 @@ def test_a_connection_rests_between_requests(connection: socket.socket) -> None:
     for _ in range(2):
         connection.sendall(LIVE)
         answers(connection, b"HTTP/1.1 200")
-        time.sleep(2)  # more than may pass within a request
+        time.sleep(3)  # more than may pass within a request
 
 
 def test_line_ends_between_requests_are_no_rest(connection: socket.socket) -> None:
