@@ -110,12 +110,17 @@ def _tls(settings: Settings) -> dict[str, Any]:
     """What uvicorn needs for HTTPS; raises SettingsError where the files are none."""
     if not (settings.tls_certificate and settings.tls_key):
         return {}
+    for name in ("tls_certificate", "tls_key"):
+        if not os.path.isfile(getattr(settings, name)):  # not told: it may be the key itself
+            raise SettingsError(f"SKRD4AD_{name.upper()} names no file that is there")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-    except OSError as error:
+        # With a password no one is asked for one, and an encrypted key fails.
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
         raise SettingsError(
-            f"SKRD4AD_TLS_CERTIFICATE {settings.tls_certificate} with SKRD4AD_TLS_KEY: {error}"
+            "SKRD4AD_TLS_CERTIFICATE and SKRD4AD_TLS_KEY can't be used together (the key must not "
+            f"be encrypted): {error}"
         ) from None
     return {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
 

@@ -107,7 +107,9 @@ class Access:
             return _ANYBODY
         token = _token(request)
         if token is None:
-            raise Unauthorized("a key is needed: `Authorization: Bearer <key>`, or `X-API-Key`")
+            raise Unauthorized(
+                "a key is needed, as `Authorization: Bearer <key>` or `X-API-Key: <key>`"
+            )
         key = await self._keyring.find(token)
         if key.max_rate is not None:
             now = self._now()
@@ -123,4 +125,5 @@ def _token(request: Request) -> str | None:
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip()
-    return request.headers.get("x-api-key")
+    token = request.headers.get("x-api-key")
+    return token.strip() if token is not None else None

@@ -385,6 +385,12 @@ def _parsed(url: str) -> sa.URL:
     return parsed
 
 
+def sqlite_file(url: str) -> str | None:
+    """The file of a SQLite database; None of another kind. Raises SettingsError as `Database`."""
+    parsed = _parsed(url)
+    return parsed.database if parsed.get_backend_name() == "sqlite" else None
+
+
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)

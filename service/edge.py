@@ -181,7 +181,9 @@ def answer_problem(request: Request, error: Exception) -> Response:
         kind, title, status = "Internal", "Internal error", 500
         detail = "the service failed; its log has the reason under this request_id"
     if status >= 500 and isinstance(error, ServiceError):
-        log.error("request_id=%s %s: %s", request.state.request_id, kind, detail)
+        # 503 and 504 tell of the moment, and probes ask every few seconds.
+        level = logging.ERROR if status == 500 else logging.WARNING
+        log.log(level, "request_id=%s %s: %s", request.state.request_id, kind, detail)
     detail = detail.encode(errors="replace").decode()  # it may name what was sent
     slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower()
     problem = Problem(

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from service.database import Database
+from service.database import Database, sqlite_file
 from service.errors import SettingsError
-from service.keys import SCOPES, Keys, Scope, check_name
+from service.keys import NAMES, SCOPES, Keys, Scope, is_name
 from service.settings import Settings, load
 
 MIN_RATE = 1e-3  # requests a second: one in a quarter of an hour
@@ -75,11 +76,21 @@ def _later(text: str) -> datetime:
 
 
 @contextmanager
-def _keys(settings: Mapping[str, object]) -> Iterator[tuple[Keys, str]]:
-    """The keys, and the database that they are in, without its password."""
-    database = Database(load(**settings).database_url)
+def _keys(settings: Mapping[str, object], *, new: bool = False) -> Iterator[tuple[Keys, str]]:
+    """The keys, and the database that they are in, without its password.
+
+    Raises SettingsError where that isn't there: it may be another one than the service's. A `new`
+    one is made, and said to be so.
+    """
+    url = load(**settings).database_url
+    file = Path(sqlite_file(url) or "/").absolute()
+    there = file.exists()
+    if not there and not new:
+        raise SettingsError(f"there is no database {file}: is it the one that the service uses?")
+    database = Database(url)
     try:
-        yield Keys(database), database.shown
+        shown = database.shown if file == Path("/") else str(file)
+        yield Keys(database), shown if there else f"{shown}, a new database,"
     finally:
         database.close()
 
@@ -87,18 +98,19 @@ def _keys(settings: Mapping[str, object]) -> Iterator[tuple[Keys, str]]:
 def _create_key(
     name: str, scope: Scope, expires: datetime | None, max_rate: float | None, **settings: object
 ) -> int:
-    check_name(name, "--name")
+    if not is_name(name):
+        raise SettingsError(f"--name {name!r} is no name for a key: {NAMES}")
     if max_rate is not None and not MIN_RATE <= max_rate < math.inf:
         raise SettingsError(
             f"--max-rate {max_rate:g} is no rate: requests a second, {MIN_RATE:g} or more"
         )
-    with _keys(settings) as (keys, place):
+    with _keys(settings, new=True) as (keys, place):
         first = not keys.all()
         token = keys.create(name, scope, expires=expires, max_rate=max_rate)
     print(token)
     told = f"key {name} is in {place}; keep its token now, it can't be shown again"
     if first:
-        told += "; it is the first key there: from now on every caller needs one"
+        told += "; it is the first key there: from now on a service that uses it wants one of all"
     print(told, file=sys.stderr)
     return 0
 

@@ -34,6 +34,8 @@ KEY_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ANONYMOUS = "anonymous"  # who asks without one
 PREFIX = "skrd4ad_"  # by which scanners of repositories and logs can tell a token
 MIN_TOKEN, MAX_TOKEN = 32, 256  # characters
+QUOTES = "\"'"
+NAMES = f"up to 64 letters, digits, dots, dashes and underscores, and not {ANONYMOUS}"
 _LOOK_AGAIN_S = 0.2  # between two looks for a key that was made a moment ago
 
 
@@ -195,7 +197,7 @@ def read(file: Path) -> list[Key]:
     Raises SettingsError, which names file and line and never the token.
     """
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"keys file {file}: {error}") from None
     keys = [
@@ -211,10 +213,14 @@ def _of_line(words: list[str], place: str) -> Key:
     if len(words) != 3:
         raise SettingsError(f"{place}: has {len(words)} words, not name, scope and token")
     name, token = words[0], words[2]
-    check_name(name, place)
+    # Nothing of a line is told before it is sure not to be the token, in the wrong place.
     scope = next((scope for scope in SCOPES if scope == words[1]), None)
     if scope is None:
-        raise SettingsError(f"{place}: {words[1]} is none of the scopes {', '.join(SCOPES)}")
+        raise SettingsError(f"{place}: the second word is none of the scopes {', '.join(SCOPES)}")
+    if not is_name(name) or len(name) >= MIN_TOKEN:
+        raise SettingsError(f"{place}: the first word is no name for a key: {NAMES}")
+    if token[0] in QUOTES or token[-1] in QUOTES:
+        raise SettingsError(f"{place}: the token of {name} is in quotes, which would belong to it")
     if not (MIN_TOKEN <= len(token) <= MAX_TOKEN and token.isascii()):
         raise SettingsError(
             f"{place}: the token of {name} has {len(token)} characters; it must have {MIN_TOKEN} "
@@ -233,10 +239,6 @@ def _refuse_twice(keys: Sequence[Key], file: Path) -> None:
                 raise SettingsError(f"keys file {file}: the {told} of {key.name} is there twice")
 
 
-def check_name(name: str, place: str) -> None:
-    """Raises SettingsError for what can't be a key's name."""
-    if not re.fullmatch(KEY_NAME_PATTERN, name) or name == ANONYMOUS:
-        raise SettingsError(
-            f"{place}: {name!r} is no name for a key: up to 64 letters, digits, dots, dashes and "
-            f"underscores, and not {ANONYMOUS}"
-        )
+def is_name(name: str) -> bool:
+    """Whether a key can have it."""
+    return re.fullmatch(KEY_NAME_PATTERN, name) is not None and name != ANONYMOUS

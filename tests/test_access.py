@@ -182,6 +182,7 @@ def test_the_key_goes_in_either_header(closed: Closed) -> None:
         {"Authorization": f"Bearer {token}"},
         {"Authorization": f"bearer  {token} "},
         {"X-API-Key": token},
+        {"X-API-Key": f" {token} "},
         {"Authorization": "Basic dXNlcjpwYXNz", "X-API-Key": token},  # a proxy's own
     ):
         assert get("/v1/models", headers=headers).status_code == 200, headers

@@ -42,14 +42,16 @@ def test_the_token_alone_goes_to_standard_output_and_is_told_to_be_kept(
 
     told = capsys.readouterr()
     assert re.fullmatch(r"skrd4ad_[\w-]{43}\n", told.out)
-    assert "key line-3 is in sqlite:///" in told.err
+    path = url.removeprefix("sqlite:///")
+    assert f"key line-3 is in {path}, a new database," in told.err
     assert "can't be shown again; it is the first key there" in told.err
     assert told.out.strip() not in told.err
     (key,) = Keys(Database(url)).all()
     assert (key.name, key.scope, key.hash) == ("line-3", "inspect", hashed(told.out.strip()))
 
     assert run(url, "create", "--name", "line-4", "--scope", "inspect") == 0
-    assert "first key" not in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "first key" not in told.err and "a new database" not in told.err
 
 
 @pytest.mark.parametrize(
@@ -94,9 +96,9 @@ def test_arguments_that_are_none_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--name", "a b", "--scope", "admin"), "--name: 'a b' is no name"),
-        (("--name", "anonymous", "--scope", "admin"), "--name: 'anonymous' is no name"),
-        (("--name", "a\n", "--scope", "admin"), "--name: 'a\\n' is no name"),
+        (("--name", "a b", "--scope", "admin"), "--name 'a b' is no name"),
+        (("--name", "anonymous", "--scope", "admin"), "--name 'anonymous' is no name"),
+        (("--name", "a\n", "--scope", "admin"), "--name 'a\\n' is no name"),
         (("--name", "a", "--scope", "admin", "--max-rate", "1e-310"), "--max-rate 1e-310 is no"),
         (("--name", "a", "--scope", "admin", "--max-rate", "0"), "--max-rate 0 is no rate"),
         (("--name", "a", "--scope", "admin", "--max-rate", "nan"), "--max-rate nan is no rate"),
@@ -132,7 +134,18 @@ def test_a_list_has_all_but_the_tokens(capsys: pytest.CaptureFixture[str], url: 
     assert not any(token in told or hashed(token) in told for token in tokens)
 
 
+@pytest.mark.parametrize("arguments", [("list",), ("revoke", "--name", "line-3")])
+def test_a_database_that_is_not_there_is_not_made(
+    capsys: pytest.CaptureFixture[str], url: str, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    assert run(url, *arguments) == 1
+
+    assert f"there is no database {tmp_path / 'state.sqlite'}" in capsys.readouterr().err
+    assert not (tmp_path / "state.sqlite").exists()
+
+
 def test_revoking_what_is_not_there_fails(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    Database(url).close()
     assert run(url, "revoke", "--name", "line-3") == 1
     assert "error: there is no key line-3" in capsys.readouterr().err
 

@@ -276,6 +276,12 @@ def test_keys_of_a_file_count_beside_those_of_the_database(keys: Keys, keys_file
     assert find(keyring, token).name == "boss"
 
 
+def test_a_file_may_come_from_windows(keys: Keys, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(f"\ufeffline-3 inspect {TOKEN}\r\n".encode())
+
+    assert find(Keyring(keys, tmp_path / "keys"), TOKEN).name == "line-3"
+
+
 def test_a_line_that_is_gone_is_a_key_that_is_gone(keys: Keys, keys_file: Path) -> None:
     keyring = Keyring(keys, keys_file)
 
@@ -323,14 +329,20 @@ def test_a_broken_file_is_told_once(
     ("text", "told"),
     [
         (f"line-3 {TOKEN}", "line 1: has 2 words, not name, scope and token"),
-        (f"\nline-3 root {TOKEN}", "line 2: root is none of the scopes inspect, calibrate, admin"),
-        (f"-x admin {TOKEN}", "line 1: '-x' is no name"),
-        (f"anonymous admin {TOKEN}", "'anonymous' is no name"),
+        (
+            f"\nline-3 root {TOKEN}",
+            "line 2: the second word is none of the scopes inspect, calibrate, admin",
+        ),
+        (f"-x admin {TOKEN}", "line 1: the first word is no name"),
+        (f"anonymous admin {TOKEN}", "line 1: the first word is no name"),
         ("line-3 admin short-secret", "the token of line-3 has 12 characters; it must have 32"),
         (f"line-3 admin {'ü' * 40}", "of ASCII"),
         (f"a admin {TOKEN}\nb admin {TOKEN}", "the token of a is there twice"),
         (f"a admin {TOKEN}\na admin {TOKEN}x", "the name of a is there twice"),
         (b"\xff", "can't decode"),
+        (f"line-3 {TOKEN} admin", "line 1: the second word is none"),
+        (f"{TOKEN} admin line-3", "line 1: the first word is no name"),
+        (f"line-3 admin '{TOKEN}'", "the token of line-3 is in quotes"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_with_its_line_and_without_its_secrets(

@@ -183,7 +183,8 @@ def test_documented_commands_exist(path: Path) -> None:
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
                 words.pop(0)
-            if words[:2] == ["python", "-m"] and words[2] in ("service", "training"):
+            python = bool(words) and words[0] in ("python", ".venv/bin/python")
+            if python and words[1] == "-m" and words[2] in ("service", "training"):
                 check_flags(words[2], words[3:])
 
 

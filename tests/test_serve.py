@@ -541,18 +541,41 @@ def test_https_is_served_with_a_certificate(
         httpx2.get(f"http://127.0.0.1:{server.port}/livez")
 
 
-def test_a_certificate_that_is_none_stops_the_start(tmp_path: Path) -> None:
-    file = tmp_path / "certificate.pem"
-    file.write_text("nonsense")
+@pytest.mark.parametrize(
+    ("certificate", "key", "told"),
+    [
+        ("nonsense.pem", "nonsense.pem", "can't be used together"),
+        ("nowhere.pem", "nonsense.pem", "SKRD4AD_TLS_CERTIFICATE names no file"),
+        ("nonsense.pem", "-----BEGIN PRIVATE KEY----- secret", "SKRD4AD_TLS_KEY names no file"),
+    ],
+)
+def test_a_certificate_that_is_none_stops_the_start(
+    tmp_path: Path, certificate: str, key: str, told: str
+) -> None:
+    (tmp_path / "nonsense.pem").write_text("nonsense")
 
-    for path in (file, tmp_path / "nowhere.pem"):
-        result = run_serve(
-            *("--tls-certificate", str(path), "--tls-key", str(file)),
-            SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
-        )
+    result = run_serve(
+        *("--tls-certificate", str(tmp_path / certificate), "--tls-key", str(tmp_path / key)),
+        SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
+    )
 
-        assert result.returncode == 1
-        assert f"error: SKRD4AD_TLS_CERTIFICATE {path} with SKRD4AD_TLS_KEY: " in result.stderr
+    assert result.returncode == 1
+    assert told in result.stderr and "secret" not in result.stderr
+
+
+def test_an_encrypted_key_asks_nobody_for_its_password(certificate: Path, tmp_path: Path) -> None:
+    encrypt = ["openssl", "rsa", "-aes256", "-passout", "pass:secret"]
+    files = ["-in", str(certificate / "key.pem"), "-out", str(tmp_path / "encrypted.pem")]
+    subprocess.run([*encrypt, *files], check=True, capture_output=True)
+
+    result = run_serve(
+        *("--tls-certificate", str(certificate / "certificate.pem")),
+        *("--tls-key", str(tmp_path / "encrypted.pem")),
+        SKRD4AD_DATABASE_URL=f"sqlite:///{tmp_path / 's.sqlite'}",
+    )
+
+    assert result.returncode == 1
+    assert "must not be encrypted" in result.stderr
 
 
 def test_a_port_that_is_taken_stops_the_start_with_its_number(
