@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import cv2
 import httpx2
 import numpy as np
 import uvloop
@@ -223,8 +224,6 @@ async def _probe(server: Server, request: bytes, end: float) -> _Probed:
 
 def _samples() -> list[tuple[str, tuple[str, bytes, str]]]:
     """Pictures of a good part, no two the same."""
-    import cv2
-
     part = cv2.imread("examples/normal.png")
     assert part is not None
     rng = np.random.default_rng(1)

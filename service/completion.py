@@ -1,8 +1,10 @@
-"""Work that goes on to its end although whoever asked for it has left."""
+"""Work that goes on to its end although whoever asked for it has left, and work that comes again
+until the service stops."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from service.errors import ServiceError
@@ -26,6 +28,13 @@ async def to_end(work: Coroutine[Any, Any, T]) -> T:
 async def on_thread_to_end(write: Callable[..., T], *arguments: object) -> T:
     """The same on a thread."""
     return await to_end(asyncio.to_thread(write, *arguments))
+
+
+async def pause(stop: asyncio.Event, seconds: float) -> None:
+    """Until the next turn, or until `stop`."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()
 
 
 def _tell_failure(task: "asyncio.Task[Any]") -> None:

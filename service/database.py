@@ -385,10 +385,10 @@ def _parsed(url: str) -> sa.URL:
     return parsed
 
 
-def sqlite_file(url: str) -> str | None:
+def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite database; None of another kind. Raises SettingsError as `Database`."""
     parsed = _parsed(url)
-    return parsed.database if parsed.get_backend_name() == "sqlite" else None
+    return Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
 
 
 def _engine(url: sa.URL) -> sa.Engine:

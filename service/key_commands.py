@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from service.database import Database, sqlite_file
@@ -83,13 +82,15 @@ def _keys(settings: Mapping[str, object], *, new: bool = False) -> Iterator[tupl
     one is made, and said to be so.
     """
     url = load(**settings).database_url
-    file = Path(sqlite_file(url) or "/").absolute()
-    there = file.exists()
-    if not there and not new:
-        raise SettingsError(f"there is no database {file}: is it the one that the service uses?")
+    file = sqlite_file(url)
+    there = file is None or file.exists()
+    if file and not there and not new:
+        raise SettingsError(
+            f"there is no database {file.absolute()}: is it the one that the service uses?"
+        )
     database = Database(url)
     try:
-        shown = database.shown if file == Path("/") else str(file)
+        shown = str(file.absolute()) if file else database.shown
         yield Keys(database), shown if there else f"{shown}, a new database,"
     finally:
         database.close()

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import sqlalchemy as sa
 
 from service import database
+from service.completion import pause
 from service.database import Database
 from service.errors import DatabaseAway, SettingsError, Unauthorized
 
@@ -160,9 +161,7 @@ class Keyring:
                 if str(error) != self._told:
                     log.error("%s; the keys known so far stay in force", error)
                 self._told = str(error)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(interval_s):
-                    await stop.wait()
+            await pause(stop, interval_s)
 
     def _match(self, token: str) -> Key | None:
         if not MIN_TOKEN <= len(token) <= MAX_TOKEN:

@@ -163,7 +163,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @property
     def _answered(self) -> bool:
         """Whether nothing that was asked for is still to be answered."""
-        return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
+        return self.cycle is None or self.cycle.response_complete  # the last that came
 
     @property
     def _rests(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from service import bundle as bundles
 from service.bundle import Bundle, Manifest
 from service.calibration import Calibration
-from service.completion import to_end
+from service.completion import pause, to_end
 from service.errors import (
     BundleError,
     DatabaseAway,
@@ -615,9 +615,7 @@ class Registry:
                 self._tell_database(False, str(error))
             except Exception:
                 log.exception("what is in force could not be read; trying again")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.sync_interval_s):
-                    await stop.wait()
+            await pause(stop, self._settings.sync_interval_s)
 
     def _tell_database(self, up: bool, reason: str = "") -> None:
         if up != self._database_up:

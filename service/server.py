@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """`delay_s` passes between SIGTERM and the end of listening, none after Ctrl-C. A second signal
-    skips it, and breaks off what is under way once nobody listens any more."""
+    """`delay_s` passes between SIGTERM and the end of listening, none after Ctrl-C. Another signal
+    skips it, and one that comes when nobody listens any more breaks off what is under way."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, delay_s: float) -> None:
         super().__init__(config)

@@ -9,12 +9,12 @@ import asyncio
 import logging
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from service.alarms import Alarms, DriftEvent
 from service.calibration import Calibration
+from service.completion import pause
 from service.drift import RUN_LENGTH, DriftTest
 from service.errors import DatabaseAway
 from service.inspections import Filter, Inspections, Record, first_id
@@ -103,9 +103,7 @@ class Watch:
                 self._trouble = False
             except Exception as error:
                 self._tell(error)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL_S):
-                    await stop.wait()
+            await pause(stop, INTERVAL_S)
 
     def catch_up(self, stop: asyncio.Event | None = None, now: datetime | None = None) -> None:
         """Test what was recorded since the last time; raises DatabaseAway."""

@@ -12,6 +12,7 @@ import pytest
 from conftest import calibrate, encoded, inspect, normal_pictures, picture
 from fastapi.testclient import TestClient
 from test_app import assert_problem
+from test_serve import wait_for
 
 from service.access import Access
 from service.app import create_app
@@ -247,8 +248,6 @@ def test_without_keys_everybody_may_do_everything_until_there_is_one(
 
 
 def until(condition: Callable[[], bool]) -> None:
-    from test_serve import wait_for
-
     wait_for(condition, "not taken up")
 
 

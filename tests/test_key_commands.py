@@ -1,24 +1,19 @@
 """`python -m service keys`: made, listed and revoked beside a service that runs."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from conftest import encoded, picture
-from test_serve import Server, serve, wait_for
+from test_serve import Server, run_service, serve, wait_for
 
 from service.__main__ import main
 from service.database import Database
 from service.keys import Keys, hashed
 
 __all__ = ["serve"]  # the fixture
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -170,13 +165,6 @@ def test_a_key_closes_a_running_service_and_is_taken_back_in_it(
 
 
 def command(url: str, *arguments: str) -> str:
-    ended = subprocess.run(
-        [sys.executable, "-m", "service", "keys", *arguments],
-        env=os.environ | {"SKRD4AD_DATABASE_URL": url},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ended = run_service("keys", *arguments, SKRD4AD_DATABASE_URL=url)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

@@ -137,8 +137,12 @@ def serve(tmp_path: Path, write_bundle: Write) -> Iterator[Callable[..., Server]
 
 
 def run_serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_service("serve", *flags, **environment)
+
+
+def run_service(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service", "serve", *flags],
+        [sys.executable, "-m", "service", *arguments],
         env=os.environ | environment,
         cwd=ROOT,
         capture_output=True,
