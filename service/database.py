@@ -5,7 +5,7 @@ Writers of SQLite take its lock when they begin, so that none fails halfway for 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 _NEWEST = max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
 _MIGRATION_LOCK = 0x5C24D4AD  # any number that all replicas agree on
 _BUSY_S = 5  # how long a writer waits for another
+_MIGRATION_S = 120  # how long a service that starts waits for another that migrates
 _AWAY_S = 5  # how long to wait for a server that doesn't answer
 _STATEMENT_MS = 30_000
 
@@ -258,8 +259,7 @@ class Database:
         except (OSError, ImportError) as error:
             raise SettingsError(f"database {self.shown}: {error}") from error
         try:
-            with self.write() as connection:
-                self._migrate(connection)
+            self._migrate()
         except BaseException as error:
             self.close()
             if isinstance(error, DatabaseAway):
@@ -313,38 +313,51 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
+    def _transaction(self, *, write: bool, busy_s: float | None = None) -> Iterator[sa.Connection]:
+        """`busy_s`: how long SQLite waits for other writers, instead of `_BUSY_S`."""
         try:
             with self._engine.connect() as connection:
-                connection.execution_options(skrd4ad_write=write)
+                connection.execution_options(skrd4ad_write=write, skrd4ad_busy_s=busy_s)
                 with connection.begin():
                     yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             reason = str(getattr(error, "orig", error))
             raise DatabaseAway(f"database {self.shown}: {reason.strip()}") from error
 
-    def _migrate(self, connection: sa.Connection) -> None:
-        if connection.dialect.name == "postgresql":  # replicas that start together take turns
-            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        tables = sa.inspect(connection).get_table_names()
-        if not tables:
-            log.warning(
-                "new database %s: no calibrations yet, every model starts with its bundle's own "
-                "threshold",
-                self.shown,
-            )
-        found: str | None = None
-        if "alembic_version" in tables:
-            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    def _migrate(self) -> None:
+        """Only reads where there is nothing to do: a service that starts waits for no writer."""
+        with self.read() as connection:
+            found = self._version(connection)
+        if found == _NEWEST:
+            return
+        upgrade = _upgrade()
+        with self._transaction(write=True, busy_s=_MIGRATION_S) as connection:
+            if connection.dialect.name == "postgresql":  # as SQLite's writers, one after the other
+                connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            found = self._version(connection)  # which another may have migrated meanwhile
+            if found == _NEWEST:
+                return
+            if not sa.inspect(connection).get_table_names():
+                log.warning(
+                    "new database %s: no calibrations yet, every model starts with its bundle's "
+                    "own threshold",
+                    self.shown,
+                )
+            upgrade(connection)
+        log.info("database %s: migrated from %s to %s", self.shown, found or "none", _NEWEST)
+
+    def _version(self, connection: sa.Connection) -> str | None:
+        """The last migration; raises SettingsError where only a newer service knows it."""
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
         if found is not None and found > _NEWEST:
             raise SettingsError(
                 f"database {self.shown}: a newer version of the service made it ({found}; this one "
                 f"knows {_NEWEST})"
             )
-        if found != _NEWEST:
-            _upgrade(connection)
-            log.info("database %s: migrated from %s to %s", self.shown, found or "none", _NEWEST)
+        return found
 
 
 def lock(connection: sa.Connection, table: sa.Table) -> None:
@@ -354,15 +367,19 @@ def lock(connection: sa.Connection, table: sa.Table) -> None:
         connection.execute(sa.text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
 
-def _upgrade(connection: sa.Connection) -> None:
-    # A tenth of a service's start, which most of them needn't spend.
+def _upgrade() -> Callable[[sa.Connection], None]:
+    """Alembic, whose import takes a tenth of a service's start, which most needn't spend, and
+    nobody while others wait for the lock."""
     from alembic import command
     from alembic.config import Config
 
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    def upgrade(connection: sa.Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    return upgrade
 
 
 def _parsed(url: str) -> sa.URL:
@@ -394,7 +411,7 @@ def sqlite_file(url: str) -> Path | None:
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url, connect_args={"timeout": _BUSY_S})
+        engine = sa.create_engine(url)
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -423,5 +440,8 @@ def _configure_sqlite(connection: Any, record: Any) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    write = connection.get_execution_options().get("skrd4ad_write", True)
+    options = connection.get_execution_options()
+    busy_s = options.get("skrd4ad_busy_s") or _BUSY_S
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={round(1000 * busy_s)}")
+    write = options.get("skrd4ad_write", True)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -143,6 +143,39 @@ def test_services_that_start_together_on_a_new_database_all_start(database_url: 
         assert process.returncode == 0, said
 
 
+def test_a_service_starts_while_others_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.database._BUSY_S", 0)
+    path = tmp_path / "state.sqlite"
+    Database(f"sqlite:///{path}").close()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    Database(f"sqlite:///{path}").close()
+
+    other.close()
+
+
+def test_a_migration_waits_for_another_longer_than_a_writer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.database._BUSY_S", 0.01)
+    path = tmp_path / "state.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("PRAGMA journal_mode=WAL")
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.5, other.execute, ("ROLLBACK",))
+    release.start()
+
+    database = Database(f"sqlite:///{path}")
+
+    assert "calibrations" in tables(database)
+    release.join()
+    other.close()
+    database.close()
+
+
 def test_a_failed_write_leaves_nothing_behind(database: Database) -> None:
     row = {"id": "cal_1", "created": datetime.now(UTC), "created_by": "x", "profile": ""}
 
