@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow lint format demo demo-model bench bench-peers soak overload constraints sbom audit clean
+.PHONY: help serve install test test-slow coverage lint format demo demo-model bench bench-peers soak overload constraints sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,14 @@ test: lint  ## install everything, check format, lint and types, run all tests
 
 test-slow: .venv/development-$(RUNTIME)  ## what takes over an hour: hundreds of kills, the API fuzzed, thousands of damaged pictures
 	.venv/bin/python -m pytest -m slow
+
+COVERAGE = .venv/bin/coverage
+coverage: .venv/development-$(RUNTIME)  ## run all tests, and tell which lines and branches none of them reaches
+	$(COVERAGE) erase
+	$(COVERAGE) run -m pytest
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report --include 'service/*' --fail-under 95
+	$(COVERAGE) report --include 'training/*' --fail-under 90
 
 lint: .venv/development-$(RUNTIME)  ## check format, lint and types
 	.venv/bin/ruff format --check .
