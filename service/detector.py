@@ -69,14 +69,15 @@ class Detector:
         """Predictions of uint8 (N, h, w, 3) RGB images at the model's size; `aside` while others
         compute, who are not to wait.
 
-        Raises InferenceFailed with the runtime's reason, or where a score is no finite number.
+        Raises InferenceFailed with the runtime's reason, or where a score or a pixel is no number.
         """
         try:
             run = self._session.run_aside if aside else self._session.run
             maps, scores = run(images)
         except Exception as error:  # the runtimes raise many types with no common base
             raise InferenceFailed(f"{self.provider}: {error}") from error
-        if not np.isfinite(scores).all():
+        # A maximum of the runtime's may leave out what is no number; NumPy's never does.
+        if not (np.isfinite(scores).all() and np.isfinite(maps.max())):
             raise InferenceFailed(f"{self.provider}: the graph gave a score that is no number")
         return [
             Prediction(float(score), anomaly_map)

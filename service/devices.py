@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from service import cores
 from service.errors import BundleError, DeviceUnavailable
+from service.external_data import check_self_contained
 
 Device = Literal["auto", "cuda", "openvino", "cpu"]
 # What convolutions are computed in; sums of cosines and what follows are float32, but for the
@@ -80,8 +81,9 @@ def open_session(
     `max_batch_size` of 0 is 32 on CUDA and 8 on a CPU (`cpu`: a multiple of `threads` near it).
 
     Raises DeviceUnavailable with the reason where a named device, or the precision on it, can't be
-    had, and BundleError for a graph that doesn't load.
+    had, and BundleError for a graph that doesn't load, or has weights in another file.
     """
+    check_self_contained(graph)
     if device == "cuda":
         return CudaSession(graph, precision, max_batch_size)
     if device == "openvino":

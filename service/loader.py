@@ -7,6 +7,7 @@ large network back takes longer than an answer should wait.
 
 import asyncio
 import logging
+import re
 import threading
 import time
 import weakref
@@ -28,6 +29,8 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# The runtimes have no type for it; their words are these.
+_NO_ROOM = re.compile("alloc|out of memory", re.IGNORECASE)
 CLOSE_S = 10.0  # for what the threads are at when the service goes
 
 
@@ -155,8 +158,9 @@ class Loader:
                 self.device_thread.submit(_run_first, bundle, detector, golden).result()
             else:
                 _run_first(bundle, detector, golden, aside=aside)
-        except InferenceFailed as error:  # no room on the device, most likely
-            raise DeviceUnavailable(f"{bundle.folder}: {error}") from error
+        except InferenceFailed as error:
+            refusal = DeviceUnavailable if _NO_ROOM.search(str(error)) else BundleError
+            raise refusal(f"{bundle.folder}: {error}") from error
 
     def _free(self, detector: list[Detector]) -> None:
         """Nobody holds the model any more, on whatever thread that turns out."""

@@ -16,6 +16,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -42,6 +43,10 @@ from service.image import digest
 from service.inspections import Record, first_id
 from service.settings import Settings
 from training.rehearsal import free_port
+
+# The same examples for everybody, however slow the machine.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("same")
 
 # `apt-get install postgresql` puts them where no PATH looks.
 POSTGRESQL = sorted(

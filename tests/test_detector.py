@@ -1,8 +1,10 @@
 """The graph on a device: exact answers, one interface, and no silent fallback."""
 
 import numpy as np
+import onnx
 import pytest
 from conftest import SIZE, brightness_graph, picture, spotted
+from onnx import helper, numpy_helper
 
 from service.detector import Detector
 from service.errors import BundleError, InferenceFailed
@@ -69,6 +71,23 @@ def test_a_graph_of_another_size_is_refused_with_both_sizes() -> None:
 def test_a_graph_with_other_outputs_is_refused() -> None:
     with pytest.raises(BundleError, match="outputs must be anomaly_map"):
         Detector(brightness_graph(output="heat"), SIZE, "cpu")
+
+
+def test_a_map_that_is_no_number_anywhere_is_no_score_of_the_rest() -> None:
+    """ONNX Runtime's own maximum leaves it out: the part would pass."""
+    graph = onnx.load_from_string(brightness_graph())
+    hole = np.zeros((1, *SIZE), np.float32)
+    hole[0, 5, 7] = np.nan
+    graph.graph.initializer.append(numpy_helper.from_array(hole, "hole"))
+    *before, maximum = graph.graph.node
+    before[-1].output[0] = "whole"
+    spoil = helper.make_node("Add", ["whole", "hole"], ["anomaly_map"])
+    del graph.graph.node[:]
+    graph.graph.node.extend([*before, spoil, maximum])
+    spoiled = Detector(graph.SerializeToString(), SIZE, "cpu")
+
+    with pytest.raises(InferenceFailed, match="no number"):
+        spoiled.run(picture(0.4)[None])
 
 
 def test_an_error_of_the_runtime_is_reported_and_the_next_batch_runs() -> None:

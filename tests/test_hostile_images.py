@@ -9,6 +9,8 @@ from pathlib import Path
 import httpx2
 import pytest
 from hostile import mutations, seeds
+from hypothesis import given
+from hypothesis import strategies as st
 from test_serve import Server, serve
 
 from bench.processes import resident_mb
@@ -59,6 +61,24 @@ def test_ten_thousand_damaged_pictures_are_decoded_or_refused_by_name(
     capfd.readouterr()  # what libjpeg and libpng say to nobody
 
     assert set(outcomes) == {200, *REFUSED}, outcomes  # else the mutator has lost its bite
+
+
+@given(
+    st.sampled_from(sorted(set(seeds()) - {"PNG of 400 megapixels"})).map(seeds().__getitem__),
+    st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=8), st.integers(0, 8)), max_size=5),
+)
+def test_whatever_is_spliced_into_a_picture_it_is_decoded_or_refused(
+    data: bytes, splices: list[tuple[float, bytes, int]]
+) -> None:
+    for at, inserted, removed in splices:
+        place = round(at * len(data))
+        data = data[:place] + inserted + data[place + removed :]
+    try:
+        pixels, _ = image.decode_to(data, SIZE)
+    except ServiceError as error:
+        assert error.status in REFUSED and str(error)
+    else:
+        assert (pixels.shape, pixels.dtype) == ((*SIZE, 3), "uint8")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import struct
 import threading
@@ -23,6 +24,7 @@ from conftest import (
 )
 from fastapi.testclient import TestClient
 from test_app import assert_problem
+from test_external_data import leaking
 
 from service.app import create_app
 from service.bundle import Bundle
@@ -157,6 +159,9 @@ def with_golden(score: float) -> bytes:
         (zipped(bundle_files(b"no graph", version=2)), "can't load the graph"),
         (zipped(bundle_files(brightness_graph((32, 32)), version=2)), "(N, 64, 96, 3)"),
         (zipped(bundle_files(brightness_graph(output="heat"), version=2)), "outputs must be"),
+        (zipped(bundle_files(leaking("manifest.json"), version=2)), "is in another file"),
+        (zipped(bundle_files(brightness_graph(gain=math.nan), version=2)), "is no number"),
+        (zipped(bundle_files(brightness_graph(fragile=True, zeros=9), version=2)), "out of data"),
         (with_golden(0.4), "the bundle: the self-check failed: golden.png scores 0.2"),
         (changed(notes_txt=b"more"), "'notes.txt' in the zip: only"),
         (zipped(bundle_files(version=2) | {"golden.png": b"?"}), "golden.png is there"),

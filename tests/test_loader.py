@@ -18,7 +18,7 @@ from service import devices
 from service.app import create_app
 from service.bundle import Bundle
 from service.detector import Detector
-from service.errors import BundleError
+from service.errors import BundleError, InferenceFailed
 from service.loader import Loader
 from service.metrics import Metrics
 from service.settings import Settings
@@ -133,6 +133,33 @@ def test_what_failed_to_load_is_freed(
 
         wait_for(lambda: alive(sessions) == 1, f"{alive(sessions)} sessions")
         assert len(sessions) == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("Failed to allocate memory for requested buffer of size 18874368", 503),
+        ("CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED", 503),
+        ("CUDA failure 2: out of memory", 503),
+        ("indices element out of data bounds, idx=255", 500),
+    ],
+)
+def test_a_lack_of_room_is_told_from_a_graph_that_can_not_run(
+    client: TestClient,
+    write_bundle: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    status: int,
+) -> None:
+    def fail(self: Detector, images: object, *, aside: bool = False) -> None:
+        raise InferenceFailed(said)
+
+    write_bundle(version=2)
+    monkeypatch.setattr(Detector, "run", fail)
+
+    problem = assert_problem(activate(client, 2), status)
+
+    assert said in problem["detail"]
 
 
 def test_a_start_with_a_failing_self_check_is_refused_with_both_scores(

@@ -1,5 +1,6 @@
 """Versions of models over the API: listed, activated, rolled back, loaded and unloaded."""
 
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from conftest import (
 )
 from fastapi.testclient import TestClient
 from test_app import assert_problem
+from test_external_data import leaking
 from test_serve import wait_for
 
 from service.app import create_app
@@ -226,6 +228,9 @@ def test_a_bundle_that_went_since_can_not_be_rolled_back_to(
         ({"graph": brightness_graph((32, 32))}, 500, "(N, 64, 96, 3)"),
         ({"golden": golden_of(0.4, 0.8)}, 500, "golden.png scores 0.4"),
         ({"graph": b"no graph"}, 500, "can't load the graph"),
+        ({"graph": leaking("manifest.json")}, 500, "is in another file"),
+        ({"graph": brightness_graph(gain=math.nan)}, 500, "is no number"),
+        ({"graph": brightness_graph(fragile=True, zeros=9)}, 500, "out of data bounds"),
     ],
 )
 def test_a_version_that_fails_leaves_the_old_one_serving_and_says_why(
