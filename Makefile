@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow coverage lint format demo demo-model bench bench-peers soak overload constraints sbom audit clean
+.PHONY: help serve install test test-slow coverage lint format demo demo-model bench bench-peers soak overload bombs constraints sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -103,6 +103,9 @@ soak: MINUTES ?= 30
 overload: MINUTES ?= 5
 soak overload: .venv/development-$(RUNTIME)  ## measure a service over hours, or under ten times what it can do [MINUTES=30|5]
 	.venv/bin/python -m bench.endurance $@ --minutes $(MINUTES) --out bench/results/$@
+
+bombs: .venv/development-$(RUNTIME)  ## measure how soon what unpacks to far too much is refused
+	.venv/bin/python -m bench.endurance $@ --out bench/results/$@
 
 bench-peers: $(PEERS:%=runs/bench/env/%/installed)  ## install the peers to measure beside (7 GB)
 

@@ -2,6 +2,7 @@
 
     make soak [MINUTES=30]         # into bench/results/soak
     make overload [MINUTES=5]      # into bench/results/overload
+    make bombs                     # into bench/results/bombs
 
 `soak` sends a mixture: pictures of many sizes and formats in every rendering, damaged ones, clients
 that leave in the middle, lists, exports, metrics, calibrations, and swaps between two versions.
@@ -10,14 +11,22 @@ the second one.
 
 `overload` measures what 32 clients get, sends ten times that at planned moments, and asks the
 probes beside it; then what 32 clients get once more.
+
+`bombs` sends what is small and unpacks to much: how soon it is refused, and what that took.
 """
 
 import argparse
 import asyncio
+import gzip
+import io
 import json
+import struct
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -42,6 +51,7 @@ ANSWERS = {"200", "201", "400", "404", "413", "415", "422", "429", "503", "504"}
 OVERLOADED = {"200", "429", "503", "504"}
 PROBES = ("/livez", "/readyz", "/metrics")
 GROWTH = {"resident_mb": 1.05, "files": 1.25, "threads": 1.25}  # a pool may grow by one
+BOMB_MB = 50.0
 TIMES = 10  # what is sent over what can be answered
 
 
@@ -85,6 +95,19 @@ class Overload:
     probe_failures: int
     resident_mb: tuple[float, float, float]  # before, the most meanwhile, after
     after_per_s: float
+
+
+@dataclass(frozen=True)
+class Bomb:
+    """A file that is sent `times` times, one after the other."""
+
+    name: str
+    kilobytes: float
+    times: int
+    statuses: list[int]  # all that came back
+    median_ms: float
+    worst_ms: float
+    grown_mb: float  # the most memory meanwhile over that before
 
 
 @contextmanager
@@ -222,6 +245,69 @@ async def _probe(server: Server, request: bytes, end: float) -> _Probed:
     return found
 
 
+async def bombs(server: Server, times: int = 50) -> list[Bomb]:
+    """A picture and archives that unpack to far more than is allowed, over HTTP."""
+    zeros = bytes(1 << 30)
+    tarred = tarfile.TarInfo("part.png")
+    tarred.size = len(zeros)
+    zipped = _zip(zeros)
+    lying = bytearray(zipped)
+    lying[22:26] = struct.pack("<I", 1000)  # the size in the file's own header
+    packed = gzip.compress(tarred.tobuf() + zeros)
+    del zeros
+    sent = {
+        "PNG of 400 megapixels": ("/v1/inspect", "image/png", _png_of_zeros(20_000)),
+        "zip of a GB": ("/v1/calibrate", "application/zip", zipped),
+        "the same, which says 1 kB": ("/v1/calibrate", "application/zip", bytes(lying)),
+        "tar.gz of a GB": ("/v1/calibrate", "application/gzip", packed),
+    }
+    base = f"http://127.0.0.1:{server.port}"
+    async with httpx2.AsyncClient(base_url=base, timeout=60) as client:
+        return [await _bomb(server, client, name, *each, times) for name, each in sent.items()]
+
+
+async def _bomb(
+    server: Server,
+    client: httpx2.AsyncClient,
+    name: str,
+    path: str,
+    kind: str,
+    data: bytes,
+    times: int,
+) -> Bomb:
+    ms, statuses, before = [], set(), processes.reset_peak_mb(server.pid)
+    for _ in range(times):
+        asked = time.perf_counter()
+        answer = await client.post(path, content=data, headers={"Content-Type": kind})
+        ms.append(1e3 * (time.perf_counter() - asked))
+        statuses.add(answer.status_code)
+    grown = processes.peak_mb(server.pid) - before
+    return Bomb(
+        name, len(data) / 1000, times, sorted(statuses), float(np.median(ms)), max(ms), grown
+    )
+
+
+def _zip(data: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("part.png", data)
+    return packed.getvalue()
+
+
+def _png_of_zeros(side: int) -> bytes:
+    """A black square with a bit for each pixel."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * (1 + side // 8)), 9)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
 def _samples() -> list[tuple[str, tuple[str, bytes, str]]]:
     """Pictures of a good part, no two the same."""
     part = cv2.imread("examples/normal.png")
@@ -275,11 +361,25 @@ def overload_table(found: Overload) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 
 
+def bombs_table(found: Sequence[Bomb]) -> str:
+    rows = [
+        "| | kB | times | answers | ms: median | worst | MB more |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for bomb in found:
+        answers = ", ".join(map(str, bomb.statuses))
+        numbers = f"{bomb.median_ms:.1f} | {bomb.worst_ms:.1f} | {bomb.grown_mb:.1f}"
+        rows.append(
+            f"| {bomb.name} | {bomb.kilobytes:.0f} | {bomb.times} | {answers} | {numbers} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where something came back that must not, or a soak grew by more than GROWTH."""
+    """1 where something came back that must not, or more grew than may."""
     parser = argparse.ArgumentParser(prog="python -m bench.endurance", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("part", choices=("soak", "overload"))
+    parser.add_argument("part", choices=("soak", "overload", "bombs"))
     parser.add_argument("--minutes", type=float, default=30.0, help="default: 30")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write table, rows and plot here"
@@ -302,6 +402,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "threads": [(each.minutes, float(each.threads)) for each in looks],
                     },
                 )
+            elif arguments.part == "bombs":
+                sent = uvloop.run(bombs(server))
+                table, rows, plot = (
+                    bombs_table(sent),
+                    {"bombs": [asdict(each) for each in sent]},
+                    None,
+                )
+                bad = any(each.statuses != [413] or each.grown_mb > BOMB_MB for each in sent)
             else:
                 pushed = uvloop.run(overload(server, arguments.minutes, pictures))
                 table, rows, plot = overload_table(pushed), asdict(pushed), None

@@ -27,6 +27,18 @@ def resident_mb(pid: int) -> float:
     return sum(int(fields[1]) for fields in pages if fields) * PAGE / 1e6
 
 
+def reset_peak_mb(pid: int) -> float:
+    """Resident memory of the process alone in MB, from which its peak is counted anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak_mb(pid)
+
+
+def peak_mb(pid: int) -> float:
+    """The most resident memory in MB that the process had since its start or `reset_peak_mb`."""
+    lines = _read(Path(f"/proc/{pid}/status")).splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat after the name, which may hold blanks itself."""
     fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()

@@ -5,7 +5,7 @@ import asyncio
 import re
 import tarfile
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +13,7 @@ from typing import IO, Self, cast
 
 from stream_unzip import NO_ENCRYPTION, UnzipError, stream_unzip
 
+from service import memory
 from service.errors import InvalidArchive, TooLarge
 
 CONTENT_TYPES = (
@@ -68,6 +69,7 @@ async def members(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncGenerato
     finally:
         if pending is not None:
             pending.cancel()  # else the thread would wait for a body that nobody reads
+        thread.submit(memory.trim)  # what the largest member took
         thread.shutdown(wait=False)
 
 
@@ -91,18 +93,28 @@ def _unpack(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
 
 def _unzip(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
     try:
-        for raw_name, _, content in stream_unzip(
+        for raw_name, told, content in stream_unzip(
             chunks, allowed_encryption_mechanisms=(NO_ENCRYPTION,)
         ):
             name = raw_name.decode(errors="replace")
-            data = bytearray()
-            for piece in content:
-                data += piece
-                _check_size(name, len(data), limit)
+            if (told or 0) > limit:  # where a header says nothing, or a lie, it is counted below
+                raise _too_large(name, limit)
+            data = _whole(name, content, limit)
             if not name.endswith("/"):
-                yield name, bytes(data)
+                yield name, data
     except UnzipError as error:
         raise InvalidArchive(f"the zip can't be read: {_told(error)}") from error
+
+
+def _whole(name: str, pieces: Iterable[bytes], limit: int) -> bytes:
+    held, size = list[bytes](), 0
+    for piece in pieces:
+        size += len(piece)
+        if size > limit:
+            held.clear()  # whoever holds the refusal holds this frame
+            raise _too_large(name, limit)
+        held.append(piece)
+    return b"".join(held)
 
 
 def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
@@ -111,7 +123,8 @@ def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
         with tarfile.open(mode="r|", fileobj=cast(IO[bytes], stream), tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 if member.isreg():
-                    _check_size(member.name, member.size, limit)
+                    if member.size > limit:
+                        raise _too_large(member.name, limit)
                     stream.allow(member.size)
                     content = archive.extractfile(member)
                     assert content is not None  # of a regular file there is
@@ -176,9 +189,8 @@ class _Stream:
         return piece
 
 
-def _check_size(name: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of a file")
+def _too_large(name: str, limit: int) -> TooLarge:
+    return TooLarge(f"{name} in the archive has more than {limit} bytes, the limit of a file")
 
 
 def _told(error: Exception) -> str:

@@ -58,9 +58,13 @@ def test_a_service_is_soaked_and_pushed_for_real(tmp_path: Path) -> None:
         soaked = asyncio.run(endurance.soak(server, 0.05))
         pictures = write_pictures(tmp_path / "pictures", 512)
         pushed = asyncio.run(endurance.overload(server, 0.05, pictures, closed_s=1))
+        bombs = asyncio.run(endurance.bombs(server, times=2))
 
     assert soaked.unexpected() == {}
     assert {"200", "201"} <= soaked.statuses.keys()
     assert soaked.looks[-1].files > 5
     assert pushed.statuses.keys() <= endurance.OVERLOADED and pushed.statuses["429"] > 0
     assert (pushed.probe_failures, pushed.without_retry_after) == (0, 0)
+    assert [each.statuses for each in bombs] == [[413]] * 4
+    assert max(each.grown_mb for each in bombs) < endurance.BOMB_MB
+    assert "| PNG of 400 megapixels | 49 | 2 | 413 |" in endurance.bombs_table(bombs)
