@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -101,6 +102,53 @@ def test_a_lone_image_is_run_at_once_and_alone() -> None:
         assert answer.batch_size == 1
 
     assert run(scenario).batches == [[7]]
+
+
+def test_times_are_those_of_this_image_and_its_batch_is_told() -> None:
+    sizes: list[int] = []
+
+    async def main() -> None:
+        device = Device()
+        with ThreadPoolExecutor(1) as thread:
+            options: dict[str, Any] = {"batch_size": at_most(4), "max_queue": 4}
+            batcher = Batcher(device.run, thread, on_batch=sizes.append, **options)
+            for _ in range(2):
+                began = time.perf_counter()
+                answer = await submit(batcher, IMAGE)
+                took = time.perf_counter() - began
+                assert 0 < answer.queue_s < took and 0 < answer.infer_s < took
+
+    asyncio.run(main())
+    assert sizes == [1, 1]
+
+
+def test_it_is_busy_as_long_as_somebody_waits_or_has_a_place() -> None:
+    async def scenario(batcher: Batcher, device: Device) -> None:
+        assert not batcher.busy
+        with batcher.place():
+            assert batcher.busy
+        assert not batcher.busy
+        for _ in range(2):
+            first = await held_up(batcher, device)
+            second = asyncio.create_task(submit(batcher, image_of(1)))
+            await asyncio.sleep(0)
+            device.open.set()
+            await first
+            await second
+            assert not batcher.busy
+            device.entered.clear()
+        first = await held_up(batcher, device)
+        assert batcher.busy
+        second = asyncio.create_task(submit(batcher, image_of(1)))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        assert batcher.busy
+        device.open.set()
+        await first
+        assert not batcher.busy
+
+    run(scenario)
 
 
 def test_what_waits_while_the_device_is_busy_becomes_the_next_batch() -> None:
@@ -213,6 +261,32 @@ def test_a_cancelled_caller_never_reaches_the_device_and_frees_the_queue() -> No
         await asyncio.gather(first, staying)
 
     assert run(scenario).batches == [[0], [2]]
+
+
+def test_a_device_that_finds_nobody_waiting_any_more_goes_on() -> None:
+    """It was told that somebody waits, and is asked for a batch of one at least."""
+
+    def batch_size(waiting: int) -> int:
+        assert waiting > 0
+        return waiting
+
+    async def main() -> None:
+        device, free = Device(), threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(device.run, thread, batch_size=batch_size, max_queue=4)
+            thread.submit(free.wait, 10)  # another model's turn
+            leaving = asyncio.create_task(submit(batcher, image_of(1)))
+            await asyncio.sleep(0)
+            assert batcher.waiting == 1
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            free.set()
+            await asyncio.to_thread(lambda: thread.submit(int).result(10))
+            answer = await asyncio.wait_for(submit(batcher, image_of(2)), 10)
+            assert answer.prediction.score == 2
+        assert device.batches == [[2]]
+
+    asyncio.run(main())
 
 
 def test_a_caller_that_leaves_while_its_image_is_prepared_never_reaches_the_device() -> None:

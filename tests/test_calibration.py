@@ -90,6 +90,11 @@ def test_equal_scores_count_as_equal() -> None:
     assert decide(0.2501, calibration.threshold) == "anomalous"
 
 
+def test_a_score_that_is_the_threshold_is_anomalous() -> None:
+    assert decide(0.25, 0.25) == "anomalous"
+    assert decide(0.25, 0.25 + 1e-12) == "anomalous"  # the same float32
+
+
 def test_p_values_run_from_one_to_one_over_n_plus_one() -> None:
     calibration = Calibration("c", 0.05, np.linspace(0.2, 0.4, 39))
 

@@ -11,7 +11,7 @@ from conftest import encoded
 from PIL import Image
 
 from service import image
-from service.errors import InvalidImage, TooLarge, UnsupportedFormat
+from service.errors import InvalidImage, ServiceError, TooLarge, UnsupportedFormat
 
 GRADIENT = np.stack(
     [
@@ -233,6 +233,28 @@ def test_a_jpeg_of_four_times_the_size_is_decoded_at_half_and_a_smaller_one_whol
         (300, 420), (150, 210), (75, 105), (150, 210), (38, 53), (38, 53)
     ]  # fmt: skip
 
+    decoded.clear()
+    image.decode_to(encoded(SMOOTH[:, :300], "JPEG"), (37, 37))
+    assert decoded[0][:2] == (75, 75)
+
+
+def test_a_turned_jpeg_is_decoded_anew_only_where_it_was_reduced_too_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded = []
+    resize = image.resize
+    monkeypatch.setattr(
+        image, "resize", lambda p, size: (decoded.append(p.shape), resize(p, size))[1]
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(SMOOTH, "JPEG", exif=exif)  # 300 x 420 as stored
+
+    for size in ((52, 37), (37, 37), (37, 52)):
+        image.decode_to(data, size)
+
+    assert [shape[:2] for shape in decoded] == [(210, 150), (105, 75), (420, 300)]
+
 
 @pytest.mark.parametrize("side", [256, 512, 1024])
 def test_reduced_scale_leaves_sharpness_to_the_resize(side: int) -> None:
@@ -263,6 +285,17 @@ def test_a_reduced_jpeg_is_turned_as_a_whole_one(
     assert np.abs(pixels.astype(int) - image.resize(whole, size)).mean() < 3
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_whose_turn_its_reduced_size_would_hide_is_decoded_whole(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image.resize(SMOOTH, (127, 128)), "JPEG", exif=exif)  # 32 x 32 at a quarter
+
+    _, original = image.decode_to(data, (15, 15))
+
+    assert original == ((127, 128) if orientation == 1 else (128, 127))
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_truncated_jpeg_is_refused_at_reduced_scale_too(share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
@@ -275,6 +308,40 @@ def test_a_truncated_jpeg_is_refused_at_reduced_scale_too(share: float) -> None:
 def test_too_many_pixels_are_refused_before_decoding_at_reduced_scale() -> None:
     with pytest.raises(TooLarge, match="the limit is 100000"):
         image.decode_to(encoded(SMOOTH, "JPEG"), (32, 32), max_pixels=100_000)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "the image is empty: 0 bytes"),
+        (
+            b"GIF was here",
+            "the 12 bytes are not an image in JPEG, PNG, BMP, TIFF, WEBP (by content, whatever the "
+            "name or Content-Type says)",
+        ),
+        (encoded(GRADIENT, "GIF"), "format GIF is not read; use JPEG, PNG, BMP, TIFF, WEBP"),
+        (encoded(GRADIENT)[:-60], "the PNG of 48x64 is truncated or damaged"),
+        (
+            encoded(np.ones((8, 8), np.int32), "TIFF"),
+            "TIFF with 32-bit samples has no defined white; store 8 or 16 bits",
+        ),
+        (b"BM" + bytes(24), "the image's header is damaged: Unsupported BMP header type (0)"),
+    ],
+)
+def test_a_refusal_says_what_came_and_what_is_read(data: bytes, says: str) -> None:
+    with pytest.raises(ServiceError) as refusal:
+        image.decode(data)
+
+    assert str(refusal.value) == says
+
+
+def test_as_many_pixels_as_the_limit_are_read_and_one_more_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "part.png"
+    path.write_bytes(encoded(GRADIENT))
+
+    assert image.read(path, 64 * 48).shape == (64, 48, 3)
+    with pytest.raises(TooLarge, match="48x64 = 3072 pixels; the limit is 3071"):
+        image.read(path, 64 * 48 - 1)
 
 
 def test_what_is_encoded_is_decoded_to_the_same_pixels() -> None:
