@@ -32,8 +32,35 @@ def test_the_number_of_samples_needed_is_one_over_the_rate_less_one(
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_rate_outside_zero_and_one_is_refused(target: float) -> None:
-    with pytest.raises(InvalidParameter, match="between 0 and 1"):
+    with pytest.raises(InvalidParameter, match="^target_fpr must lie between 0 and 1"):
         min_samples(target)
+
+
+@pytest.mark.parametrize(
+    ("samples", "confidence", "says"),
+    [
+        (0, None, "target_fpr 0.01 needs at least 99 normal samples, got 0; send some first"),
+        (
+            49,
+            None,
+            "target_fpr 0.01 needs at least 99 normal samples, got 49; with 49 the finest rate is "
+            "0.02",
+        ),
+        (
+            100,
+            0.95,
+            "target_fpr 0.01 with confidence 0.95 needs at least 299 normal samples, got 100; "
+            "with 100 the finest rate is 0.02951",
+        ),
+    ],
+)
+def test_too_few_samples_are_told_with_what_they_would_do_for(
+    samples: int, confidence: float | None, says: str
+) -> None:
+    with pytest.raises(TooFewSamples) as refusal:
+        Calibration("c", 0.01, np.arange(float(samples)), confidence=confidence)
+
+    assert str(refusal.value) == says
 
 
 def test_one_sample_short_is_refused_with_the_number_needed() -> None:
@@ -130,6 +157,30 @@ def test_the_default_rate_is_one_percent_or_the_finest_possible() -> None:
 def test_scores_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(InvalidParameter, match="finite"):
         Calibration("c", 0.5, np.array([0.1, np.nan]))
+
+
+def test_scores_in_any_order_and_precision_give_a_threshold_that_float32_holds() -> None:
+    given = np.random.default_rng(5).uniform(0.1, 0.9, 40)
+
+    calibration = Calibration("c", 0.1, given)
+
+    assert np.array_equal(calibration.scores, np.sort(given))
+    assert float(np.float32(calibration.threshold)) == calibration.threshold
+    single = Calibration("c", 0.1, given.astype(np.float32)).scores
+    assert single.dtype == np.float64
+
+
+def test_the_threshold_that_was_told_is_kept() -> None:
+    assert Calibration("c", 0.1, np.arange(40.0), kept_threshold=38.5).threshold == 38.5
+
+
+@pytest.mark.parametrize(("confidence", "needed"), [(0.5, 1), (0.75, 2), (0.875, 3)])
+def test_a_confidence_that_is_met_to_the_last_bit_needs_no_sample_more(
+    confidence: float, needed: int
+) -> None:
+    assert min_samples(0.5, confidence) == needed
+    with_one_above = Calibration("c", 0.5, np.arange(3.0), confidence=0.5)  # P(at most 1) = 0.5
+    assert with_one_above.above == 1
 
 
 def test_quantiles_are_those_of_the_samples() -> None:
