@@ -8,7 +8,7 @@ PYTHON = python3
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow coverage lint format demo demo-model bench bench-peers soak overload bombs constraints sbom audit clean
+.PHONY: help serve install test test-slow coverage mutants lint format demo demo-model bench bench-peers soak overload bombs constraints sbom audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -54,6 +54,10 @@ coverage: .venv/development-$(RUNTIME)  ## run all tests, and tell which lines a
 	$(COVERAGE) combine --quiet
 	$(COVERAGE) report --include 'service/*' --fail-under 95
 	$(COVERAGE) report --include 'training/*' --fail-under 90
+
+mutants: .venv/development-$(RUNTIME)  ## look for changes of calibration, batcher and image that no test notices (an hour)
+	VIRTUAL_ENV=.venv .venv/bin/uv run --no-project --with mutmut mutmut run
+	VIRTUAL_ENV=.venv .venv/bin/uv run --no-project --with mutmut mutmut results
 
 lint: .venv/development-$(RUNTIME)  ## check format, lint and types
 	.venv/bin/ruff format --check .
@@ -138,4 +142,4 @@ audit: runs/supply/env-$(RUNTIME)  ## look for known vulnerabilities of what the
 	.venv/bin/uv tool run --quiet pip-audit --no-deps --disable-pip --requirement runs/supply/requirements-$(RUNTIME).txt
 
 clean:  ## remove .venv and what tests and demos left
-	rm -rf .venv runs state .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv runs state mutants .mypy_cache .pytest_cache .ruff_cache
