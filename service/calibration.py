@@ -131,8 +131,9 @@ def check_samples(
     asked = f"target_fpr {target_fpr:g}"
     if confidence is not None:
         asked += f" with confidence {confidence:g}"
-    finest = finest_fpr(samples, confidence) if samples else 1.0
-    hint = f"with {samples} the finest rate is {finest:.4g}" if samples else "send some first"
+    hint = "send some first"
+    if samples:
+        hint = f"with {samples} the finest rate is {finest_fpr(samples, confidence):.4g}"
     raise TooFewSamples(
         f"{asked} needs at least {needed} normal samples, got {samples}{more}; {hint}",
         samples=samples,
