@@ -160,6 +160,19 @@ def test_a_file_that_a_power_cut_left_in_pieces_is_not_handed_out(
         archive.read(digest(PNG))
 
 
+def test_a_file_that_can_not_be_read_is_told_with_the_reason(
+    open_archive: Callable[..., ImageArchive], tmp_path: Path
+) -> None:
+    with closing(open_archive()) as archive:
+        offer(archive, PNG)
+    (path,) = files(tmp_path / "images")
+    path.unlink()
+    path.mkdir()
+
+    with pytest.raises(ImageNotKept, match="can't be read: .*directory"):
+        archive.read(digest(PNG))
+
+
 # Off the request path
 
 

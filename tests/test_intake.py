@@ -28,6 +28,8 @@ from test_external_data import leaking
 
 from service.app import create_app
 from service.bundle import Bundle
+from service.detector import Detector
+from service.errors import InferenceFailed
 from service.image import digest
 from service.settings import Settings
 
@@ -176,6 +178,20 @@ def test_a_bundle_that_can_not_be_used_is_refused_with_the_reason(
     assert response.status_code in (400, 422)
     problem = assert_problem(response, response.status_code)
     assert any(each in problem["detail"] for each in says.split("|")), problem["detail"]
+
+
+def test_a_bundle_for_which_there_is_no_room_now_is_503_and_may_be_sent_again(
+    untouched: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Detector, images: object, *, aside: bool = False) -> None:
+        raise InferenceFailed("CUDA failure 2: out of memory")
+
+    with monkeypatch.context() as crowded:
+        crowded.setattr(Detector, "run", fail)
+        response = upload(untouched, zipped(bundle_files(HALF, version=2)))
+
+    assert_problem(response, 503, "out of memory")
+    assert int(response.headers["Retry-After"]) > 0
 
 
 @pytest.mark.parametrize(
