@@ -55,9 +55,10 @@ coverage: .venv/development-$(RUNTIME)  ## run all tests, and tell which lines a
 	$(COVERAGE) report --include 'service/*' --fail-under 95
 	$(COVERAGE) report --include 'training/*' --fail-under 90
 
+MUTMUT = VIRTUAL_ENV=.venv .venv/bin/uv run --no-project --with mutmut==3.8.1 mutmut
 mutants: .venv/development-$(RUNTIME)  ## look for changes of calibration, batcher and image that no test notices (an hour)
-	VIRTUAL_ENV=.venv .venv/bin/uv run --no-project --with mutmut mutmut run
-	VIRTUAL_ENV=.venv .venv/bin/uv run --no-project --with mutmut mutmut results
+	$(MUTMUT) run
+	$(MUTMUT) results
 
 lint: .venv/development-$(RUNTIME)  ## check format, lint and types
 	.venv/bin/ruff format --check .

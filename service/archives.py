@@ -107,14 +107,13 @@ def _unzip(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
 
 
 def _whole(name: str, pieces: Iterable[bytes], limit: int) -> bytes:
-    held, size = list[bytes](), 0
+    data = bytearray()
     for piece in pieces:
-        size += len(piece)
-        if size > limit:
-            held.clear()  # whoever holds the refusal holds this frame
+        if len(data) + len(piece) > limit:
+            data.clear()  # whoever holds the refusal holds this frame
             raise _too_large(name, limit)
-        held.append(piece)
-    return b"".join(held)
+        data += piece
+    return bytes(data)
 
 
 def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:

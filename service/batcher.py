@@ -4,6 +4,7 @@ Whatever waits when the device becomes free is its next batch: a lone image goes
 load batches grow by themselves. Workers put images into the queue and the device's thread takes
 them out, so that a busy event loop keeps neither waiting. Images whose caller left or timed out are
 taken out of the queue; a batch that fails answers every caller in it, and the next one still runs.
+Only where an image's score is no number its batch is run again one by one.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from service.detector import Prediction
-from service.errors import InferenceFailed, Overloaded, ServiceError
+from service.errors import InferenceFailed, NoNumber, Overloaded, ServiceError
 
 
 class Prepared(Protocol):
@@ -150,8 +151,8 @@ class Batcher:
                 if self._scheduled:
                     self._device_thread.submit(self._run_next, loop)
 
-    def _score(self, batch: list[_Waiter]) -> list[Answer] | Exception:
-        """Answers to all of the batch, or what went wrong."""
+    def _score(self, batch: list[_Waiter]) -> list[Answer | Exception]:
+        """To each of the batch an answer, or what went wrong."""
         started = time.perf_counter()
         try:
             self._on_batch(len(batch))
@@ -161,16 +162,20 @@ class Batcher:
                 Answer(prediction, len(batch), started - waiter.since, infer_s)
                 for waiter, prediction in zip(batch, predictions, strict=True)
             ]
+        except NoNumber as error:
+            if len(batch) == 1:
+                return [error]
         except BaseException as error:
-            return _told(error)
+            return [_told(error)] * len(batch)
+        return [self._score([waiter])[0] for waiter in batch]
 
 
-def _answer(batch: list[_Waiter], outcome: list[Answer] | Exception) -> None:
-    for number, waiter in enumerate(batch):
-        if isinstance(outcome, Exception):
-            _fail(waiter, _as_service_error(outcome))
+def _answer(batch: list[_Waiter], answers: list[Answer | Exception]) -> None:
+    for waiter, answer in zip(batch, answers, strict=True):
+        if isinstance(answer, Exception):
+            _fail(waiter, _as_service_error(answer))
         elif not waiter.answer.done():  # cancelled
-            waiter.answer.set_result(outcome[number])
+            waiter.answer.set_result(answer)
 
 
 def _fail(waiter: _Waiter, error: Exception) -> None:

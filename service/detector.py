@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.devices import Device, Precision, open_session
-from service.errors import BundleError, InferenceFailed
+from service.errors import BundleError, InferenceFailed, NoNumber
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,17 @@ class Detector:
         """Predictions of uint8 (N, h, w, 3) RGB images at the model's size; `aside` while others
         compute, who are not to wait.
 
-        Raises InferenceFailed with the runtime's reason, or where a score or a pixel is no number.
+        Raises InferenceFailed with the runtime's reason, and NoNumber where a score or a pixel of
+        one of them is none.
         """
         try:
             run = self._session.run_aside if aside else self._session.run
             maps, scores = run(images)
         except Exception as error:  # the runtimes raise many types with no common base
             raise InferenceFailed(f"{self.provider}: {error}") from error
-        # A maximum of the runtime's may leave out what is no number; NumPy's never does.
-        if not (np.isfinite(scores).all() and np.isfinite(maps.max())):
-            raise InferenceFailed(f"{self.provider}: the graph gave a score that is no number")
+        # A runtime's maximum may leave out what is no number, and the part would pass.
+        if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+            raise NoNumber(f"{self.provider}: the graph gave a score that is no number")
         return [
             Prediction(float(score), anomaly_map)
             for score, anomaly_map in zip(scores, maps, strict=True)

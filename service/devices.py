@@ -5,7 +5,9 @@ Intel's: on others with bfloat16 instructions, too, it takes less than half the 
 """
 
 import importlib.util
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -197,7 +199,7 @@ class OpenVinoSession:
         try:
             core = openvino_core()
             native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            model = core.read_model(graph, b"")
+            model = _read_onnx(graph)
             self.ports = _openvino_ports(model.inputs), _openvino_ports(model.outputs)
             features = _features(model.get_ordered_ops())
         except Exception as error:  # as in CpuSession
@@ -390,6 +392,11 @@ def _check_precision(
 def _session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # The same for ONNX Runtime; and weights in another file would be looked for where nothing is.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
     return options
 
 
@@ -406,6 +413,14 @@ def openvino_core() -> Any:
     """The one core of this process, kept for ever: each lends its thread a stack for signals, and
     of several that go in another order than they came the next SIGTERM would find a freed one."""
     return import_openvino().Core()
+
+
+def _read_onnx(graph: bytes) -> Any:
+    """As ONNX and nothing else: a core takes bytes for whatever format they may be."""
+    from openvino.frontend import FrontEndManager
+
+    onnx = FrontEndManager().load_by_framework("onnx")
+    return onnx.convert(onnx.load(io.BytesIO(graph)))
 
 
 def _openvino_ports(ports: Any) -> Ports:

@@ -29,6 +29,7 @@ ServiceError
 ├── Overloaded              429  the queue is full, a calibration or upload under way (Retry-After)
 │   └── TooOften            429  more requests than the key allows (Retry-After)
 ├── InferenceFailed         500  the runtime raised while scoring
+│   └── NoNumber            500  a score or a pixel of a map is none
 ├── NotReady                503  no model yet, or no room on the device (Retry-After)
 │   └── DatabaseAway        503  the database doesn't answer; inspection goes on (Retry-After)
 ├── DeadlineExceeded        504  not answered in time
@@ -164,6 +165,10 @@ class TooOften(Overloaded):
 
 class InferenceFailed(ServiceError):
     status, title = 500, "Inference failed"
+
+
+class NoNumber(InferenceFailed):
+    """The runtime itself is well."""
 
 
 class NotReady(ServiceError):

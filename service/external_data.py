@@ -1,7 +1,7 @@
 """Whether a graph has all its weights inside, asked before a runtime opens it.
 
-ONNX lets a tensor be the bytes of another file. Runtimes read any file of the folder they were
-started in, or of the whole system, and the graph's answer shows what was in it.
+ONNX lets a tensor be the bytes of another file. Runtimes read it from the folder that the service
+was started in, where its database or keys may be, and the anomaly map shows what was in it.
 """
 
 from collections.abc import Iterator
@@ -27,49 +27,65 @@ _PATHS: dict[str, dict[int, str]] = {
     "Tensor": {},
 }
 _TENSOR_NAME, _EXTERNAL_DATA = 8, 13
+_MAX_DEPTH = 100  # as in Protocol Buffers
+_MAX_FIELDS = 200_000  # the demo graph has some three thousand
+_SHOWN_NAME_BYTES = 100
 
 
 def check_self_contained(graph: bytes) -> None:
     """Raises BundleError where a tensor is in another file, or where this is no ONNX graph."""
-    pending = [("Model", memoryview(graph))]
-    while pending:
-        message, data = pending.pop()
-        fields = list(_fields(data))
-        if message == "Tensor" and any(number == _EXTERNAL_DATA for number, _ in fields):
-            raise BundleError(
-                f"can't load the graph: its tensor {_name(fields)!r} is in another file; export it "
-                "with all its weights inside"
-            )
-        paths = _PATHS[message]
-        pending += [(paths[number], value) for number, value in fields if number in paths]
+    count = 0
+    path = [("Model", memoryview(graph), _fields(memoryview(graph)))]
+    while path:
+        message, data, fields = path[-1]
+        for number, value in fields:
+            count += 1
+            if count > _MAX_FIELDS:
+                raise BundleError(f"can't load the graph: it has more than {_MAX_FIELDS} fields")
+            if message == "Tensor" and number == _EXTERNAL_DATA:
+                raise BundleError(
+                    f"can't load the graph: its tensor {_name(data)!r} is in another file; export "
+                    "it with all its weights inside"
+                )
+            if value is not None and (inner := _PATHS[message].get(number)):
+                path.append((inner, value, _fields(value)))
+                break
+        else:
+            path.pop()
+        if len(path) > _MAX_DEPTH:
+            raise _no_graph()
 
 
-def _name(tensor: list[tuple[int, memoryview]]) -> str:
-    names = [bytes(value) for number, value in tensor if number == _TENSOR_NAME]
-    return b"".join(names).decode(errors="replace")
+def _name(tensor: memoryview) -> str:
+    names = (value for number, value in _fields(tensor) if number == _TENSOR_NAME)
+    return bytes((next(names, None) or b"")[:_SHOWN_NAME_BYTES]).decode(errors="replace")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field with a length; others are left out, as no tensor is in them.
-    (Protocol Buffers, Encoding.)"""
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
+    """Number of each field, and its bytes where it has a length. (Protocol Buffers, Encoding.)"""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
-        wire = key & 7
-        if wire == 0:
-            _, place = _varint(data, place)
-            continue
-        if wire == 2:
-            size, place = _varint(data, place)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
+        # What is beyond 32 bits some parsers leave away, and see another field.
+        if not 8 <= key < 1 << 32:
             raise _no_graph()
-        if size > len(data) - place:
+        value = None
+        match key & 7:
+            case 0:
+                _, place = _varint(data, place)
+            case 1:
+                place += 8
+            case 2:
+                size, place = _varint(data, place)
+                value = data[place : place + size]
+                place += size
+            case 5:
+                place += 4
+            case _:
+                raise _no_graph()
+        if place > len(data):
             raise _no_graph()
-        if wire == 2:
-            yield key >> 3, data[place : place + size]
-        place += size
+        yield key >> 3, value
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
@@ -78,7 +94,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
     for count, byte in enumerate(data[place : place + 10]):
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, place + count + 1
+            return value, place + count + 1
     raise _no_graph()
 
 

@@ -22,15 +22,22 @@ from service.batcher import Batcher
 from service.bundle import Bundle
 from service.detector import Detector
 from service.device_thread import DeviceThread
-from service.errors import BundleError, DeviceUnavailable, InferenceFailed, ServiceError
+from service.errors import (
+    BundleError,
+    DeviceUnavailable,
+    InferenceFailed,
+    NoNumber,
+    ServiceError,
+)
 from service.metrics import Metrics
 from service.model import Key, Model
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# The runtimes have no type for it; their words are these.
-_NO_ROOM = re.compile("alloc|out of memory", re.IGNORECASE)
+# A CPU's runtimes have no type for it; their words are these, but for the names of nodes.
+_NO_ROOM = re.compile("failed to allocate|bad_alloc|out of memory", re.IGNORECASE)
+_NODE_NAME = re.compile("Name:'[^']*'")
 CLOSE_S = 10.0  # for what the threads are at when the service goes
 
 
@@ -159,7 +166,7 @@ class Loader:
             else:
                 _run_first(bundle, detector, golden, aside=aside)
         except InferenceFailed as error:
-            refusal = DeviceUnavailable if _NO_ROOM.search(str(error)) else BundleError
+            refusal = BundleError if _is_graphs_fault(error, detector) else DeviceUnavailable
             raise refusal(f"{bundle.folder}: {error}") from error
 
     def _free(self, detector: list[Detector]) -> None:
@@ -175,6 +182,14 @@ class Loader:
     def _notify(self) -> None:
         with self._freed:
             self._freed.notify_all()
+
+
+def _is_graphs_fault(error: InferenceFailed, detector: Detector) -> bool:
+    """Else the device's: it lacks memory, or is a GPU, of which a sick one says all sorts."""
+    if isinstance(error, NoNumber):
+        return True
+    no_room = _NO_ROOM.search(_NODE_NAME.sub("", str(error)))
+    return detector.device != "cuda" and not no_room
 
 
 def _run_first(

@@ -16,7 +16,7 @@ import pytest
 
 from service.batcher import Answer, Batcher
 from service.detector import Prediction
-from service.errors import InferenceFailed, InvalidImage, Overloaded
+from service.errors import InferenceFailed, InvalidImage, NoNumber, Overloaded
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 MAP = np.zeros((4, 4), np.float32)
@@ -189,6 +189,32 @@ def test_one_failure_answers_every_waiter_and_the_next_batch_still_runs() -> Non
         assert (await submit(batcher, image_of(9))).prediction.score == 9
 
     run(scenario)
+
+
+def test_an_image_without_a_number_is_a_failure_of_its_own() -> None:
+    class Overflowing(Device):
+        def run(self, images: np.ndarray) -> list[Prediction]:
+            predictions = super().run(images)
+            if any(prediction.score == 9 for prediction in predictions):
+                raise NoNumber("no number")
+            return predictions
+
+    async def main() -> None:
+        device = Overflowing()
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(device.run, thread, batch_size=at_most(4), max_queue=8)
+            first = await held_up(batcher, device)
+            tasks = [asyncio.create_task(submit(batcher, image_of(v))) for v in (1, 9, 3)]
+            await asyncio.sleep(0)
+            device.open.set()
+            await first
+            one, none, three = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(none, NoNumber)
+            assert [each.prediction.score for each in (one, three)] == [1, 3]
+            assert [each.batch_size for each in (one, three)] == [1, 1]
+        assert device.batches == [[0], [1, 9, 3], [1], [9], [3]]
+
+    asyncio.run(main())
 
 
 def test_an_unforeseen_exception_answers_every_waiter_too() -> None:

@@ -18,8 +18,8 @@ from service import devices
 from service.app import create_app
 from service.bundle import Bundle
 from service.detector import Detector
-from service.errors import BundleError, InferenceFailed
-from service.loader import Loader
+from service.errors import BundleError, InferenceFailed, NoNumber
+from service.loader import Loader, _is_graphs_fault
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -139,9 +139,10 @@ def test_what_failed_to_load_is_freed(
     ("said", "status"),
     [
         ("Failed to allocate memory for requested buffer of size 18874368", 503),
-        ("CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED", 503),
-        ("CUDA failure 2: out of memory", 503),
+        ("std::bad_alloc", 503),
+        ("out of memory", 503),
         ("indices element out of data bounds, idx=255", 500),
+        ("running Gather node. Name:'/out of memory/9' indices element out of data bounds", 500),
     ],
 )
 def test_a_lack_of_room_is_told_from_a_graph_that_can_not_run(
@@ -160,6 +161,14 @@ def test_a_lack_of_room_is_told_from_a_graph_that_can_not_run(
     problem = assert_problem(activate(client, 2), status)
 
     assert said in problem["detail"]
+
+
+def test_a_gpu_that_fails_is_no_fault_of_the_graph_but_no_number_is() -> None:
+    class Gpu:
+        device = "cuda"
+
+    assert not _is_graphs_fault(InferenceFailed("CUBLAS_STATUS_NOT_INITIALIZED"), Gpu())
+    assert _is_graphs_fault(NoNumber("cuda: the graph gave a score that is no number"), Gpu())
 
 
 def test_a_start_with_a_failing_self_check_is_refused_with_both_scores(
