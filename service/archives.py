@@ -5,7 +5,7 @@ import asyncio
 import re
 import tarfile
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +25,7 @@ CONTENT_TYPES = (
 )
 _MAX_HEADER_BYTES = 1 << 20  # of a tar's member, with its extensions
 _PIECE_BYTES = 1 << 16
+_MAX_LITTER_BYTES = 32 << 20
 # What file managers leave beside the files.
 _LITTER = re.compile(r"(^|/)(\.(?!\.?([/\\]|$))[^/]*|__MACOSX|Thumbs\.db|desktop\.ini)(/|$)")
 
@@ -34,15 +35,15 @@ Member = tuple[str, bytes]
 @dataclass(frozen=True)
 class Limits:
     members: int
-    member_bytes: int
+    member_bytes: Callable[[str], int]  # by name; may raise to refuse it before it is unpacked
 
 
 async def members(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncGenerator[Member]:
     """(name, bytes) of the files in a zip, tar or tar.gz, told by content.
 
     Folders, links and hidden files are left out; names are labels, nothing is written under them.
-    Raises InvalidArchive where it is neither, damaged, encrypted or has more members, and TooLarge
-    as soon as a member passes the limit, so that nothing is unpacked that can't be a sample.
+    Raises InvalidArchive where it is neither, damaged, encrypted or has more members, TooLarge as
+    soon as a member passes its limit, and what `limits` raises.
     """
     loop = asyncio.get_running_loop()
     pending: Future[bytes] | None = None
@@ -77,10 +78,10 @@ def _unpack(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
     first = next(chunks, b"")
     whole = chain([first], chunks)
     if first.startswith(b"PK"):
-        files = _unzip(whole, limits.member_bytes)
+        files = _unzip(whole, limits)
     else:
         zipped = first.startswith(b"\x1f\x8b")
-        files = _untar(_gunzip(whole) if zipped else whole, limits.member_bytes)
+        files = _untar(_gunzip(whole) if zipped else whole, limits)
     count = 0
     for name, data in files:
         if _LITTER.search(name):
@@ -91,12 +92,18 @@ def _unpack(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
         yield name, data
 
 
-def _unzip(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
+def _limit(name: str, limits: Limits) -> int:
+    is_file = not name.endswith("/") and not _LITTER.search(name)
+    return limits.member_bytes(name) if is_file else _MAX_LITTER_BYTES
+
+
+def _unzip(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
     try:
         for raw_name, told, content in stream_unzip(
             chunks, allowed_encryption_mechanisms=(NO_ENCRYPTION,)
         ):
             name = raw_name.decode(errors="replace")
+            limit = _limit(name, limits)
             if (told or 0) > limit:  # where a header says nothing, or a lie, it is counted below
                 raise _too_large(name, limit)
             data = _whole(name, content, limit)
@@ -116,13 +123,13 @@ def _whole(name: str, pieces: Iterable[bytes], limit: int) -> bytes:
     return bytes(data)
 
 
-def _untar(chunks: Iterator[bytes], limit: int) -> Iterator[Member]:
+def _untar(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
     stream = _Stream(chunks)
     try:
         with tarfile.open(mode="r|", fileobj=cast(IO[bytes], stream), tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 if member.isreg():
-                    if member.size > limit:
+                    if member.size > (limit := _limit(member.name, limits)):
                         raise _too_large(member.name, limit)
                     stream.allow(member.size)
                     content = archive.extractfile(member)

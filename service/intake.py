@@ -35,6 +35,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 _FILES = (MANIFEST_FILE, GRAPH_FILE, GOLDEN_FILE)
+_MAX_SMALL_BYTES = 64 << 20  # of the manifest, and of the golden picture
 _MEMBER = re.compile(rf"(?P<folder>[^/\\]+/)?(?P<file>{'|'.join(map(re.escape, _FILES))})")
 
 
@@ -105,20 +106,25 @@ def _not_writable(models: Path, reason: str) -> ModelsNotWritable:
 async def _unpacked(chunks: AsyncIterator[bytes], limit: int) -> dict[str, bytes]:
     """The files of a bundle by name; raises BundleRefused for any other, TooLarge for too much."""
     files: dict[str, bytes] = {}
-    folders = set()
-    limits = archives.Limits(len(_FILES) + 1, limit)  # one more is refused by its name
+    folders = set[str]()
+
+    def most(name: str) -> int:
+        """Bytes that it may have; asked before it is unpacked."""
+        found = _MEMBER.fullmatch(name)
+        if found is None or found["folder"] in ("./", "../"):
+            raise BundleRefused(
+                f"{name!r} in the zip: only {', '.join(_FILES)} may be there, at the top or in one "
+                "folder"
+            )
+        folders.add(found["folder"])
+        if found["file"] in files or len(folders) > 1:
+            raise BundleRefused(f"{name!r} in the zip: one bundle at a time")
+        return limit if found["file"] == GRAPH_FILE else min(limit, _MAX_SMALL_BYTES)
+
+    limits = archives.Limits(len(_FILES), most)
     async with aclosing(archives.members(chunks, limits)) as members:
         async for name, data in members:
-            found = _MEMBER.fullmatch(name)
-            if found is None or found["folder"] in ("./", "../"):
-                raise BundleRefused(
-                    f"{name!r} in the zip: only {', '.join(_FILES)} may be there, at the top or in "
-                    "one folder"
-                )
-            folders.add(found["folder"])
-            if found["file"] in files or len(folders) > 1:
-                raise BundleRefused(f"{name!r} in the zip: one bundle at a time")
-            files[found["file"]] = data
+            files[name.rpartition("/")[2]] = data
             total = sum(map(len, files.values()))
             if total > limit:
                 raise TooLarge(f"the bundle has at least {total} bytes; the limit is {limit}")

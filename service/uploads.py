@@ -83,7 +83,7 @@ async def images(
     """
     content_type = _content_type(request)
     if content_type in archives.CONTENT_TYPES:
-        limits = archives.Limits(max_images, max_bytes)
+        limits = archives.Limits(max_images, lambda name: max_bytes)
         async with aclosing(archives.members(request.stream(), limits)) as found:
             async for member in found:
                 yield member

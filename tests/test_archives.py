@@ -19,7 +19,7 @@ from service.archives import Limits, members
 from service.errors import InvalidArchive, TooLarge
 
 FILES = {"a.png": b"first", "folder/b.png": b"second" * 10_000, "empty.png": b""}
-LIMITS = Limits(members=100, member_bytes=1 << 20)
+LIMITS = Limits(members=100, member_bytes=lambda name: 1 << 20)
 
 
 def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -127,8 +127,8 @@ def test_a_file_beyond_the_limit_ends_it_by_name(kind: str) -> None:
     data = PACKERS[kind]({"a.png": b"x", "big.png": bytes(2000)})
 
     with pytest.raises(TooLarge, match=r"big.png .* more than 1999 bytes"):
-        unpacked(data, Limits(100, 1999))
-    assert len(unpacked(data, Limits(100, 2000))) == 2
+        unpacked(data, Limits(100, lambda name: 1999))
+    assert len(unpacked(data, Limits(100, lambda name: 2000))) == 2
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -136,8 +136,8 @@ def test_more_files_than_the_limit_end_it(kind: str) -> None:
     data = PACKERS[kind]({f"{i}.png": b"x" for i in range(4)})
 
     with pytest.raises(InvalidArchive, match="more than 3 files"):
-        unpacked(data, Limits(3, 1000))
-    assert len(unpacked(data, Limits(4, 1000))) == 4
+        unpacked(data, Limits(3, lambda name: 1000))
+    assert len(unpacked(data, Limits(4, lambda name: 1000))) == 4
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -224,6 +224,30 @@ def test_a_bomb_is_refused_before_it_is_unpacked(kind: str) -> None:
 
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_name_that_is_refused_is_not_unpacked(kind: str) -> None:
+    def refuse(name: str) -> int:
+        raise TooLarge(f"no {name}")
+
+    data = BOMBS[kind]()
+    tracemalloc.start()
+
+    with pytest.raises(TooLarge, match=r"^no bomb\.png$"):
+        unpacked(data, Limits(100, refuse), size=65536)
+
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def test_what_file_managers_leave_behind_needs_no_leave_and_has_a_limit_too() -> None:
+    litter = {"__MACOSX/._a.png": b"x" * 5000, "a.png": b"first"}
+    only = Limits(100, {"a.png": 10}.__getitem__)
+
+    assert unpacked(zipped(litter), only) == unpacked(tarred(litter), only) == [("a.png", b"first")]
+    with pytest.raises(TooLarge):
+        unpacked(zipped({".hidden": bytes(40 << 20)}), only, size=65536)
 
 
 def test_a_size_that_lies_is_no_way_around_the_limit() -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,6 +267,27 @@ def test_a_bundle_beyond_the_limit_is_413_packed_or_not(small: TestClient) -> No
             archive.writestr(name, bytes(70_000))
     assert_problem(upload(small, packed.getvalue()), 413, "140000 bytes; the limit is 100000")
     assert upload(small, zipped(files | noise)).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "says"),
+    [
+        ("a.png", 422, "'a.png' in the zip: only"),
+        ("manifest.json", 413, "67108864 bytes"),
+        ("golden.png", 413, "67108864 bytes"),
+    ],
+)
+def test_what_can_be_no_part_of_a_bundle_is_not_unpacked_to_see(
+    untouched: TestClient, name: str, status: int, says: str
+) -> None:
+    data = zipped({name: bytes(200_000_000)})
+    tracemalloc.start()
+
+    response = upload(untouched, data)
+
+    assert_problem(response, status, says)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 def test_a_zip_that_lies_about_its_sizes_is_refused(untouched: TestClient) -> None:
