@@ -250,7 +250,7 @@ async def bombs(server: Server, times: int = 50) -> list[Bomb]:
     zeros = bytes(1 << 28)
     tarred = tarfile.TarInfo("part.png")
     tarred.size = len(zeros)
-    zipped = _zip(zeros)
+    zipped, bundled = _zip("part.png", zeros), _zip("manifest.json", zeros)
     lying = bytearray(zipped)
     lying[22:26] = struct.pack("<I", 1000)  # the size in the file's own header
     packed = gzip.compress(tarred.tobuf() + zeros)
@@ -260,6 +260,7 @@ async def bombs(server: Server, times: int = 50) -> list[Bomb]:
         "zip of 268 MB": ("/v1/calibrate", "application/zip", zipped),
         "the same, which says 1 kB": ("/v1/calibrate", "application/zip", bytes(lying)),
         "tar.gz of 268 MB": ("/v1/calibrate", "application/gzip", packed),
+        "bundle with a manifest of 268 MB": ("/v1/models", "application/zip", bundled),
     }
     base = f"http://127.0.0.1:{server.port}"
     async with httpx2.AsyncClient(base_url=base, timeout=60) as client:
@@ -287,10 +288,10 @@ async def _bomb(
     )
 
 
-def _zip(data: bytes) -> bytes:
+def _zip(name: str, data: bytes) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("part.png", data)
+        archive.writestr(name, data)
     return packed.getvalue()
 
 
@@ -380,7 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.endurance", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("part", choices=("soak", "overload", "bombs"))
-    parser.add_argument("--minutes", type=float, default=30.0, help="default: 30")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="default: 30; of a soak or an overload"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write table, rows and plot here"
     )

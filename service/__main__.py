@@ -119,8 +119,8 @@ def _tls(settings: Settings) -> dict[str, Any]:
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
     except (OSError, ValueError) as error:
         raise SettingsError(
-            "SKRD4AD_TLS_CERTIFICATE and SKRD4AD_TLS_KEY can't be used together (the key must not "
-            f"be encrypted): {error}"
+            f"SKRD4AD_TLS_CERTIFICATE and SKRD4AD_TLS_KEY can't be used together: {error} (the key "
+            "must be that of the certificate, and not encrypted)"
         ) from None
     return {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
 

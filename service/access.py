@@ -92,7 +92,8 @@ class Access:
         if scope["type"] == "http":
             request = Request(scope)
             try:
-                request.state.key = await self._admit(request)
+                request.state.key = await self._known(request)
+                self._take_turn(request.state.key)
             except ServiceError as error:
                 if isinstance(error, Unauthorized):
                     log.warning("request_id=%s refused: %s", request.state.request_id, error)
@@ -100,7 +101,7 @@ class Access:
                 return
         await self._app(scope, receive, send)
 
-    async def _admit(self, request: Request) -> Key:
+    async def _known(self, request: Request) -> Key:
         if request.scope["path"] in self._open:
             return _PROBE
         if not self._keyring.closed:
@@ -110,15 +111,17 @@ class Access:
             raise Unauthorized(
                 "a key is needed, as `Authorization: Bearer <key>` or `X-API-Key: <key>`"
             )
-        key = await self._keyring.find(token)
-        if key.max_rate is not None:
-            now = self._now()
-            allowance = self._allowances.get(key.hash)
-            if allowance is None:
-                allowance = _Allowance(key.max_rate, max(1.0, key.max_rate), now)
-                self._allowances[key.hash] = allowance
-            allowance.take(now)
-        return key
+        return await self._keyring.find(token)
+
+    def _take_turn(self, key: Key) -> None:
+        if key.max_rate is None:
+            return
+        now = self._now()
+        allowance = self._allowances.get(key.hash)
+        if allowance is None:
+            allowance = _Allowance(key.max_rate, max(1.0, key.max_rate), now)
+            self._allowances[key.hash] = allowance
+        allowance.take(now)
 
 
 def _token(request: Request) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Self, cast
 
-from stream_unzip import NO_ENCRYPTION, UnzipError, stream_unzip
+from stream_unzip import NO_ENCRYPTION, TruncatedDataError, UnzipError, stream_unzip
 
 from service import memory
 from service.errors import InvalidArchive, TooLarge
@@ -200,4 +200,6 @@ def _too_large(name: str, limit: int) -> TooLarge:
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, TruncatedDataError):
+        return "it ends too early; send all of it"
     return str(error) or type(error).__name__

@@ -88,7 +88,7 @@ class ImageNotKept(ServiceError):
 
 
 class DigestMismatch(ServiceError):
-    status, title = 409, "Another graph serves"
+    status, title = 409, "Another graph than was asked for"
 
 
 class Uncalibrated(ServiceError):

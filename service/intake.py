@@ -137,7 +137,10 @@ def _checked(files: dict[str, bytes]) -> Manifest:
         if name not in files:
             raise BundleRefused(f"the zip has no {name}, but {', '.join(files) or 'nothing'}")
     try:
-        manifest = bundle.parse_manifest(files[MANIFEST_FILE])
+        try:
+            manifest = bundle.parse_manifest(files[MANIFEST_FILE])
+        except BundleError as error:
+            raise BundleRefused(f"{MANIFEST_FILE}: {error}") from None
         bundle.check_digest(GRAPH_FILE, files[GRAPH_FILE], manifest.graph.sha256)
     except BundleError as error:
         raise BundleRefused(str(error)) from None

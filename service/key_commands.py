@@ -91,7 +91,7 @@ def _keys(settings: Mapping[str, object], *, new: bool = False) -> Iterator[tupl
     database = Database(url)
     try:
         shown = str(file.absolute()) if file else database.shown
-        yield Keys(database), shown if there else f"{shown}, a new database,"
+        yield Keys(database), shown if there else f"{shown} (a new database)"
     finally:
         database.close()
 

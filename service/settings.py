@@ -143,7 +143,9 @@ class Settings(BaseSettings):
         "the one being loaded come on top. 0: every active version and one more of each model.",
     )
     max_bundle_bytes: Annotated[int, Field(ge=1)] = Field(
-        2**30, description="Largest bundle that may be uploaded, packed or not; beyond it: 413."
+        2**30,
+        description="Largest bundle that may be uploaded, packed or not; beyond it: 413. Until it "
+        "is written, an upload may take twice as much memory.",
     )
     load_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0,
@@ -214,6 +216,12 @@ def _refuse_contradictions(settings: Settings) -> None:
         )
 
 
+def _near(name: str, known: set[str]) -> list[str]:
+    """What it may have been meant for: a longer name that begins so, or else a similar one."""
+    longer = sorted(each for each in known if each.startswith(name))
+    return longer[:1] or difflib.get_close_matches(name, known, 1)
+
+
 def _refuse_unknown(environment: Iterable[str]) -> None:
     """A misspelt variable would leave its default in force unseen."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
@@ -221,7 +229,7 @@ def _refuse_unknown(environment: Iterable[str]) -> None:
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             plain = name.upper().removesuffix("_FILE")
-            near = [plain] if plain in known else difflib.get_close_matches(plain, known, 1)
+            near = [plain] if plain in known else _near(plain, known)
             raise SettingsError(f"{name} is no setting" + (f"; {near[0]} is" if near else ""))
 
 

@@ -267,7 +267,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_key_may_ask_as_often_as_it_says(clock: list[float], closed: Closed) -> None:
+def test_a_key_may_ask_as_often_as_it_says(
+    clock: list[float], closed: Closed, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     token = closed.keys.create("slow", "inspect", max_rate=2)
     until(lambda: closed.ask("GET", "/v1/models", token).status_code == 200)
     clock[0] += 10  # and no more than a second's worth is saved up
@@ -277,6 +280,7 @@ def test_a_key_may_ask_as_often_as_it_says(clock: list[float], closed: Closed) -
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert_problem(answers[2], 429, "allows 2 requests a second", "try again in 0.5 s")
     assert answers[2].headers["retry-after"] == "1"
+    assert any("429" in line and "by=slow" in line for line in caplog.messages)
     assert closed.ask("GET", "/v1/models", closed.tokens["inspect"]).status_code == 200
 
     clock[0] += 0.5

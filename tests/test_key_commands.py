@@ -38,7 +38,7 @@ def test_the_token_alone_goes_to_standard_output_and_is_told_to_be_kept(
     told = capsys.readouterr()
     assert re.fullmatch(r"skrd4ad_[\w-]{43}\n", told.out)
     path = url.removeprefix("sqlite:///")
-    assert f"key line-3 is in {path}, a new database," in told.err
+    assert f"key line-3 is in {path} (a new database); keep its token" in told.err
     assert "can't be shown again; it is the first key there" in told.err
     assert told.out.strip() not in told.err
     (key,) = Keys(Database(url)).all()
