@@ -264,6 +264,7 @@ async def bombs(server: Server, times: int = 50) -> list[Bomb]:
     }
     base = f"http://127.0.0.1:{server.port}"
     async with httpx2.AsyncClient(base_url=base, timeout=60) as client:
+        await client.get("/livez")  # the client's own first steps
         return [await _bomb(server, client, name, *each, times) for name, each in sent.items()]
 
 

@@ -114,13 +114,18 @@ def _unzip(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
 
 
 def _whole(name: str, pieces: Iterable[bytes], limit: int) -> bytes:
-    data = bytearray()
+    # A single buffer would be copied as it grows; pieces may be of a few bytes.
+    held, last, size = list[bytes](), bytearray(), 0
     for piece in pieces:
-        if len(data) + len(piece) > limit:
-            data.clear()  # whoever holds the refusal holds this frame
+        size += len(piece)
+        if size > limit:
+            held.clear()  # whoever holds the refusal holds this frame
             raise _too_large(name, limit)
-        data += piece
-    return bytes(data)
+        last += piece
+        if len(last) >= _PIECE_BYTES:
+            held.append(bytes(last))
+            last.clear()
+    return b"".join([*held, last])
 
 
 def _untar(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
