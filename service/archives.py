@@ -84,7 +84,7 @@ def _unpack(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
         files = _untar(_gunzip(whole) if zipped else whole, limits)
     count = 0
     for name, data in files:
-        if _LITTER.search(name):
+        if _is_left_out(name):
             continue
         count += 1
         if count > limits.members:
@@ -92,9 +92,12 @@ def _unpack(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
         yield name, data
 
 
+def _is_left_out(name: str) -> bool:
+    return name.endswith("/") or _LITTER.search(name) is not None
+
+
 def _limit(name: str, limits: Limits) -> int:
-    is_file = not name.endswith("/") and not _LITTER.search(name)
-    return limits.member_bytes(name) if is_file else _MAX_LITTER_BYTES
+    return _MAX_LITTER_BYTES if _is_left_out(name) else limits.member_bytes(name)
 
 
 def _unzip(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
@@ -106,9 +109,7 @@ def _unzip(chunks: Iterator[bytes], limits: Limits) -> Iterator[Member]:
             limit = _limit(name, limits)
             if (told or 0) > limit:  # where a header says nothing, or a lie, it is counted below
                 raise _too_large(name, limit)
-            data = _whole(name, content, limit)
-            if not name.endswith("/"):
-                yield name, data
+            yield name, _whole(name, content, limit)
     except UnzipError as error:
         raise InvalidArchive(f"the zip can't be read: {_told(error)}") from error
 

@@ -170,21 +170,20 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        return parse_manifest(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from error
-    except BundleError as error:
-        raise BundleError(f"{path}: {error}") from error
+    return parse_manifest(path, data)
 
 
-def parse_manifest(text: bytes) -> Manifest:
+def parse_manifest(file: Path | str, data: bytes) -> Manifest:
     """Raises BundleError that names the first field at fault."""
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{where}: {first['msg']}") from error
+        raise BundleError(f"{file}: {where}: {first['msg']}") from error
 
 
 def _read(path: Path, expected: str) -> bytes:

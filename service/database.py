@@ -5,9 +5,10 @@ Writers of SQLite take its lock when they begin, so that none fails halfway for 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, *, write: bool, busy_s: float | None = None) -> Iterator[sa.Connection]:
+    def _transaction(self, *, write: bool, busy_s: int | None = None) -> Iterator[sa.Connection]:
         """`busy_s`: how long SQLite waits for other writers, instead of `_BUSY_S`."""
         try:
             with self._engine.connect() as connection:
@@ -330,8 +331,9 @@ class Database:
             found = self._version(connection)
         if found == _NEWEST:
             return
-        upgrade = _upgrade()
+        import_module("alembic.command")  # takes a while, and others will wait for the lock
         with self._transaction(write=True, busy_s=_MIGRATION_S) as connection:
+            connection.detach()  # to be closed, not lent again: others don't wait as long
             if connection.dialect.name == "postgresql":  # as SQLite's writers, one after the other
                 connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
@@ -344,7 +346,7 @@ class Database:
                     "own threshold",
                     self.shown,
                 )
-            upgrade(connection)
+            _upgrade(connection)
         log.info("database %s: migrated from %s to %s", self.shown, found or "none", _NEWEST)
 
     def _version(self, connection: sa.Connection) -> str | None:
@@ -367,19 +369,15 @@ def lock(connection: sa.Connection, table: sa.Table) -> None:
         connection.execute(sa.text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
 
-def _upgrade() -> Callable[[sa.Connection], None]:
-    """Alembic, whose import takes a tenth of a service's start, which most needn't spend, and
-    nobody while others wait for the lock."""
+def _upgrade(connection: sa.Connection) -> None:
+    # A tenth of a service's start, which most of them needn't spend.
     from alembic import command
     from alembic.config import Config
 
-    def upgrade(connection: sa.Connection) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-    return upgrade
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def _parsed(url: str) -> sa.URL:
@@ -411,7 +409,7 @@ def sqlite_file(url: str) -> Path | None:
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url)
+        engine = sa.create_engine(url, connect_args={"timeout": _BUSY_S})
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -441,7 +439,7 @@ def _configure_sqlite(connection: Any, record: Any) -> None:
 
 def _begin_sqlite(connection: sa.Connection) -> None:
     options = connection.get_execution_options()
-    busy_s = options.get("skrd4ad_busy_s") or _BUSY_S
-    connection.exec_driver_sql(f"PRAGMA busy_timeout={round(1000 * busy_s)}")
+    if busy_s := options.get("skrd4ad_busy_s"):
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * busy_s}")
     write = options.get("skrd4ad_write", True)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

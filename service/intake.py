@@ -137,10 +137,7 @@ def _checked(files: dict[str, bytes]) -> Manifest:
         if name not in files:
             raise BundleRefused(f"the zip has no {name}, but {', '.join(files) or 'nothing'}")
     try:
-        try:
-            manifest = bundle.parse_manifest(files[MANIFEST_FILE])
-        except BundleError as error:
-            raise BundleRefused(f"{MANIFEST_FILE}: {error}") from None
+        manifest = bundle.parse_manifest(MANIFEST_FILE, files[MANIFEST_FILE])
         bundle.check_digest(GRAPH_FILE, files[GRAPH_FILE], manifest.graph.sha256)
     except BundleError as error:
         raise BundleRefused(str(error)) from None

@@ -217,9 +217,9 @@ def _refuse_contradictions(settings: Settings) -> None:
 
 
 def _near(name: str, known: set[str]) -> list[str]:
-    """What it may have been meant for: a longer name that begins so, or else a similar one."""
-    longer = sorted(each for each in known if each.startswith(name))
-    return longer[:1] or difflib.get_close_matches(name, known, 1)
+    """What it may have been meant for: itself, one that begins so, or else a similar one."""
+    begun = sorted(each for each in known if each.startswith(name))
+    return begun[:1] or difflib.get_close_matches(name, known, 1)
 
 
 def _refuse_unknown(environment: Iterable[str]) -> None:
@@ -229,7 +229,7 @@ def _refuse_unknown(environment: Iterable[str]) -> None:
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             plain = name.upper().removesuffix("_FILE")
-            near = [plain] if plain in known else _near(plain, known)
+            near = _near(plain, known)
             raise SettingsError(f"{name} is no setting" + (f"; {near[0]} is" if near else ""))
 
 

@@ -148,6 +148,18 @@ def brightness_graph(
     return bytes(model.SerializeToString())
 
 
+def added_to_map(tensor: TensorProto) -> bytes:
+    """The brightness graph whose map has this one (1, h, w) added to it."""
+    model = onnx.load_from_string(brightness_graph())
+    model.graph.initializer.append(tensor)
+    *before, maximum = model.graph.node
+    before[-1].output[0] = "own"
+    add = helper.make_node("Add", ["own", tensor.name], ["anomaly_map"])
+    del model.graph.node[:]
+    model.graph.node.extend([*before, add, maximum])
+    return bytes(model.SerializeToString())
+
+
 def _short_table() -> list[onnx.NodeProto]:
     """Looks each `row` up in a table of zeros: 255 of them lack the last."""
     return [helper.make_node("Gather", ["zeros", "row"], ["nothing"])]
@@ -413,6 +425,13 @@ def spotted(brightness: float = 0.9) -> np.ndarray:
     pixels = picture(0.1)
     pixels[20:30, 30:50] = round(255 * brightness)
     return pixels
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    """The tag 274 of EXIF 2.3 alone."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
+from conftest import exif_of
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -40,9 +41,7 @@ def seeds() -> dict[str, bytes]:
     for format in ("PNG", "WEBP", "TIFF", "GIF"):
         made[f"{format} animated"] = saved(rgb, format, save_all=True, append_images=frames)
     for orientation in (0, 1, 6, 8, 9, 65535):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        made[f"JPEG orientation {orientation}"] = saved(rgb, "JPEG", exif=exif)
+        made[f"JPEG orientation {orientation}"] = saved(rgb, "JPEG", exif=exif_of(orientation))
     made["JPEG with a zip behind"] = made["JPEG RGB"] + b"PK\x03\x04" + bytes(100)
     made["PNG with a script behind"] = made["PNG RGB"] + b"<script>alert(1)</script>"
     made["PNG of no pixels"] = png(0, 0)

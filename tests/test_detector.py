@@ -1,10 +1,9 @@
 """The graph on a device: exact answers, one interface, and no silent fallback."""
 
 import numpy as np
-import onnx
 import pytest
-from conftest import SIZE, brightness_graph, picture, spotted
-from onnx import helper, numpy_helper
+from conftest import SIZE, added_to_map, brightness_graph, picture, spotted
+from onnx import numpy_helper
 
 from service.detector import Detector
 from service.errors import BundleError, InferenceFailed, NoNumber
@@ -76,16 +75,9 @@ def test_a_graph_with_other_outputs_is_refused() -> None:
 @pytest.mark.parametrize("no_number", [np.nan, np.inf, -np.inf])
 def test_a_map_that_is_no_number_anywhere_is_no_score_of_the_rest(no_number: float) -> None:
     """ONNX Runtime's own maximum leaves it out: the part would pass."""
-    graph = onnx.load_from_string(brightness_graph())
     hole = np.zeros((1, *SIZE), np.float32)
     hole[0, 5, 7] = no_number
-    graph.graph.initializer.append(numpy_helper.from_array(hole, "hole"))
-    *before, maximum = graph.graph.node
-    before[-1].output[0] = "whole"
-    spoil = helper.make_node("Add", ["whole", "hole"], ["anomaly_map"])
-    del graph.graph.node[:]
-    graph.graph.node.extend([*before, spoil, maximum])
-    spoiled = Detector(graph.SerializeToString(), SIZE, "cpu")
+    spoiled = Detector(added_to_map(numpy_helper.from_array(hole, "hole")), SIZE, "cpu")
 
     with pytest.raises(NoNumber, match="no number"):
         spoiled.run(picture(0.4)[None])

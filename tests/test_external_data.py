@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import SIZE, brightness_graph
+from conftest import SIZE, added_to_map, brightness_graph
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
@@ -37,14 +37,7 @@ def model() -> ModelProto:
 
 def leaking(location: str) -> bytes:
     """Adds the other file's numbers to its map."""
-    leak = model()
-    leak.graph.initializer.append(external(location))
-    *before, maximum = leak.graph.node
-    before[-1].output[0] = "own"
-    add = helper.make_node("Add", ["own", "other"], ["anomaly_map"])
-    del leak.graph.node[:]
-    leak.graph.node.extend([*before, add, maximum])
-    return leak.SerializeToString()
+    return added_to_map(external(location))
 
 
 def in_constant() -> ModelProto:

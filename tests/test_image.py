@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded
+from conftest import encoded, exif_of
 from PIL import Image
 
 from service import image
@@ -39,13 +39,7 @@ def test_a_jpeg_gives_nearly_the_same_pixels() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
-    turned = Image.fromarray(GRADIENT)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    turned.save(buffer, "PNG", exif=exif)
-
-    decoded = image.decode(buffer.getvalue())
+    decoded = image.decode(encoded(GRADIENT, "PNG", exif=exif_of(orientation)))
 
     upright = {  # how EXIF 2.3 says to bring each one upright
         1: GRADIENT,
@@ -216,14 +210,20 @@ def test_a_jpeg_at_reduced_scale_is_nearly_the_whole_one_resized(size: tuple[int
     assert np.abs(pixels - whole).mean() < 4  # shifted by a pixel: 5 and more
 
 
-def test_a_jpeg_of_four_times_the_size_is_decoded_at_half_and_a_smaller_one_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of each picture from here on that is decoded and is still to be resized."""
+    shapes: list[tuple[int, ...]] = []
     resize = image.resize
     monkeypatch.setattr(
-        image, "resize", lambda p, size: (decoded.append(p.shape), resize(p, size))[1]
+        image, "resize", lambda p, size: (shapes.append(p.shape), resize(p, size))[1]
     )
+    return shapes
+
+
+def test_a_jpeg_of_four_times_the_size_is_decoded_at_half_and_a_smaller_one_whole(
+    decoded: list[tuple[int, ...]],
+) -> None:
     data = encoded(SMOOTH, "JPEG")
 
     for size in ((76, 105), (75, 105), (37, 52), (38, 52), (18, 26), (2, 2)):
@@ -239,16 +239,9 @@ def test_a_jpeg_of_four_times_the_size_is_decoded_at_half_and_a_smaller_one_whol
 
 
 def test_a_turned_jpeg_is_decoded_anew_only_where_it_was_reduced_too_far(
-    monkeypatch: pytest.MonkeyPatch,
+    decoded: list[tuple[int, ...]],
 ) -> None:
-    decoded = []
-    resize = image.resize
-    monkeypatch.setattr(
-        image, "resize", lambda p, size: (decoded.append(p.shape), resize(p, size))[1]
-    )
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(SMOOTH, "JPEG", exif=exif)  # 300 x 420 as stored
+    data = encoded(SMOOTH, "JPEG", exif=exif_of(6))  # 300 x 420 as stored
 
     for size in ((52, 37), (37, 37), (37, 52)):
         image.decode_to(data, size)
@@ -274,8 +267,7 @@ def test_reduced_scale_leaves_sharpness_to_the_resize(side: int) -> None:
 def test_a_reduced_jpeg_is_turned_as_a_whole_one(
     orientation: int, stored: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif = exif_of(orientation)
     data = encoded(image.resize(SMOOTH, stored), "JPEG", quality=95, exif=exif)
     whole = image.decode(data)
 
@@ -287,9 +279,8 @@ def test_a_reduced_jpeg_is_turned_as_a_whole_one(
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_jpeg_whose_turn_its_reduced_size_would_hide_is_decoded_whole(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image.resize(SMOOTH, (127, 128)), "JPEG", exif=exif)  # 32 x 32 at a quarter
+    stored = image.resize(SMOOTH, (127, 128))  # 32 x 32 at a quarter
+    data = encoded(stored, "JPEG", exif=exif_of(orientation))
 
     _, original = image.decode_to(data, (15, 15))
 

@@ -58,6 +58,14 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def kept(archive: ImageArchive, tmp_path: Path) -> Path:
+    """The file of a picture that was given to the archive, which is closed."""
+    with closing(archive):
+        offer(archive, PNG)
+    (path,) = files(tmp_path / "images")
+    return path
+
+
 def dropped(metrics: Metrics, reason: str) -> float:
     value = metrics.registry.get_sample_value("skrd4ad_archive_dropped_total", {"reason": reason})
     assert value is not None
@@ -140,9 +148,8 @@ def test_the_same_image_is_kept_once(
 def test_an_image_that_is_not_there_any_more_is_told_with_the_limits(
     open_archive: Callable[..., ImageArchive], tmp_path: Path
 ) -> None:
-    with closing(open_archive()) as archive:
-        offer(archive, PNG)
-    files(tmp_path / "images")[0].unlink()
+    archive = open_archive()
+    kept(archive, tmp_path).unlink()
 
     with pytest.raises(ImageNotKept, match="any more.* or 90 days is removed"):
         archive.read(digest(PNG))
@@ -151,10 +158,8 @@ def test_an_image_that_is_not_there_any_more_is_told_with_the_limits(
 def test_a_file_that_a_power_cut_left_in_pieces_is_not_handed_out(
     open_archive: Callable[..., ImageArchive], tmp_path: Path
 ) -> None:
-    with closing(open_archive()) as archive:
-        offer(archive, PNG)
-    (path,) = files(tmp_path / "images")
-    path.write_bytes(PNG[:-10])
+    archive = open_archive()
+    kept(archive, tmp_path).write_bytes(PNG[:-10])
 
     with pytest.raises(ImageNotKept, match="is damaged"):
         archive.read(digest(PNG))
@@ -163,9 +168,8 @@ def test_a_file_that_a_power_cut_left_in_pieces_is_not_handed_out(
 def test_a_file_that_can_not_be_read_is_told_with_the_reason(
     open_archive: Callable[..., ImageArchive], tmp_path: Path
 ) -> None:
-    with closing(open_archive()) as archive:
-        offer(archive, PNG)
-    (path,) = files(tmp_path / "images")
+    archive = open_archive()
+    path = kept(archive, tmp_path)
     path.unlink()
     path.mkdir()
 
