@@ -8,7 +8,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from hostile import mutations, seeds
+from conftest import encoded, picture
+from hostile import FORMATS, mutations, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from test_serve import Server, serve
@@ -22,6 +23,7 @@ __all__ = ["serve"]  # the fixture
 ROOT = Path(__file__).parents[1]
 SIZE = (64, 96)
 REFUSED = {400, 413, 415}
+RENDERED = ("heatmap", "overlay", "mask", "none")
 STRANGE = {
     "TIFF I": 415,
     "TIFF F": 415,
@@ -92,10 +94,15 @@ def test_damaged_pictures_leave_the_service_as_it_was(
 
     def send(seed: int) -> set[int]:
         return {
-            inspect(client, data, render=("heatmap", "overlay", "mask", "none")[number % 4])
+            inspect(client, data, render=RENDERED[number % 4])
             for number, (_, data) in enumerate(mutations(count, seed))
         }
 
+    # As a camera's would. glibc keeps the memory of what is below 8 MB for the next picture: with
+    # none but tiny ones, each damaged one that is larger than all before it would add to that.
+    for format in FORMATS:
+        large = encoded(picture(size=(1600, 1600)), format)
+        assert {inspect(client, large, render=render) for render in RENDERED} == {200}
     statuses = send(1)
     settled = resident_mb(server.process.pid)
     statuses |= send(2)
