@@ -31,6 +31,7 @@ from service.edge import (
     Digest,
     ModelName,
     Profile,
+    RepeatedRoute,
     StrictRoute,
     Version,
     add_errors,
@@ -162,7 +163,7 @@ def _refuse_open_doors(keyring: Keyring, settings: Settings) -> None:
 
 
 def _inspection(registry: Registry, inspector: Inspector, settings: Settings) -> APIRouter:
-    router = APIRouter(tags=["inspection"], route_class=StrictRoute)
+    router = APIRouter(tags=["inspection"], route_class=RepeatedRoute)
 
     @router.post(
         "/v1/inspect",

@@ -40,8 +40,12 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 cv2.setNumThreads(1)
 # Our own limit is checked before any decoding; Pillow's would only warn, and later.
 Image.MAX_IMAGE_PIXELS = None
+# What Pillow has to say of damaged metadata. For good, as to catch warnings is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # Readers of every format are imported now, not while the first request waits.
 Image.init()
+# In this order: Pillow's own is the alphabet's.
+_TRIED = tuple(dict.fromkeys((*FORMATS, *Image.ID)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def read_header(data: bytes) -> Header:
     if not data:
         raise InvalidImage("the image is empty: 0 bytes")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_TRIED) as image:
             # A multi-picture file is a JPEG with more behind it: cameras write them as .jpg.
             name = "JPEG" if image.format == "MPO" else image.format or ""
             header = Header(name, image.width, image.height, image.mode)

@@ -64,6 +64,9 @@ class Inspector:
     ) -> None:
         self._workers, self._metrics, self._max_pixels = workers, metrics, max_pixels
         self._trace, self._shadow_of = trace, shadow_of
+        self._stages = {
+            stage: metrics.stage_duration.labels(stage) for stage in Timing.model_fields
+        }
 
     async def inspect(
         self,
@@ -96,8 +99,10 @@ class Inspector:
 
         def depict() -> Inspected:
             anomaly_map, score = answer.prediction.anomaly_map, answer.prediction.score
+            decision = decide(score, limit)
             picture = self._render(render, picture_type, anomaly_map, limit, decoded.size, data)
-            found = regions.find(anomaly_map, limit, decoded.size)
+            anomalous = decision == "anomalous"
+            found = regions.find(anomaly_map, limit, decoded.size) if anomalous else []
             shown = picture if picture_type is None else None
             inspection = Inspection(
                 id=new_id(),
@@ -110,7 +115,7 @@ class Inspector:
                 score=score,
                 threshold=limit,
                 threshold_source=_source(calibration, threshold),
-                decision=decide(score, limit),
+                decision=decision,
                 p_value=calibration.p_value(score) if calibration else None,
                 calibration=CalibrationReference.of(calibration) if calibration else None,
                 regions=[RegionOut(**asdict(region)) for region in found],
@@ -167,7 +172,7 @@ class Inspector:
 
     def _observe(self, inspection: Inspection) -> None:
         for stage, value in inspection.timing_ms:
-            self._metrics.stage_duration.labels(stage).observe(value / 1e3)
+            self._stages[stage].observe(value / 1e3)
         name = inspection.model.name
         self._metrics.image_score.labels(name).observe(inspection.score)
         self._metrics.decisions.labels(name, inspection.decision).inc()
