@@ -13,6 +13,7 @@ LEFT, TOP, GAP, BOTTOM = 60, 44, 80, 44
 COLOURS = {  # a server has its own in every plot
     "ours": "#0b6e99",
     "ours-cpu": "#5ab0d0",
+    "ours-pair": "#c4554d",
     "litserve": "#d9730d",
     "ray": "#6940a5",
     "bentoml": "#448361",

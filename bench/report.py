@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import charts
-from bench.servers import PEERS
+from bench.servers import PAIR, PEERS
 from service import cores
 from training import files
 from training.benchmark import processor
@@ -162,6 +162,7 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             _throughput(rows, same["light"], PEERS, "light"),
             at_least=1.5,
         ),
+        *_pair_goals(rows),
         Goal(
             f"resnet18: the same, ours on the peers' provider, {MOST} clients",
             _throughput(rows, same["resnet18"], PEERS, "resnet18"),
@@ -198,6 +199,29 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             Goal(f"{graph}: p99 while versions are swapped over that without", found, at_most=2.0)
             for graph in ("light", "resnet18")
             if (found := _swapping(rows, graph))
+        ),
+    ]
+
+
+def _pair_goals(rows: Sequence[Row]) -> list[Goal]:
+    """What is asked of one service, found of two: as operations advises where cores stay idle."""
+    if not _with(rows, part="load", server=PAIR):
+        return []
+    return [
+        Goal(
+            f"light: the same, two services behind nginx, {MOST} clients",
+            _throughput(rows, PAIR, PEERS, "light"),
+            at_least=1.5,
+        ),
+        Goal(
+            f"light: two services behind nginx over the bare engine's images/s, {MOST} clients",
+            _throughput(rows, PAIR, ["engine"], "light"),
+            at_least=0.95,
+        ),
+        Goal(
+            "light: p99 over the best peer's, worst load, two services behind nginx",
+            worst_p99(rows, PAIR, "light"),
+            at_most=1.0,
         ),
     ]
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import processes
+from bench import pair, processes
 from bench.load import picture_request
 from training.rehearsal import free_port
 
 ENVIRONMENTS = Path("runs/bench/env")
+PAIR = "ours-pair"
 READY_S = 120.0
 POLL_S = 0.02
 STOP_S = 20.0
@@ -36,12 +37,14 @@ class Kind:
     targets: dict[str, str]  # path and query, by what is rendered
     form_field: str | None = None  # of a multipart form; None: the picture is the body
     environment: dict[str, str] = field(default_factory=dict)
+    install: str = "make bench-peers"  # what brings what it lacks
 
     def url(self, port: int, render: str) -> str:
         return f"http://127.0.0.1:{port}{self.targets[render]}"
 
     def installed(self) -> bool:
-        return Path(self.command(Path(), 0, Path())[0]).exists()
+        there = Path(self.command(Path(), 0, Path())[0]).exists()
+        return there and (self.name != PAIR or pair.NGINX is not None)
 
 
 def _targets(path: str) -> dict[str, str]:
@@ -59,6 +62,16 @@ def ours(name: str, *flags: str) -> Kind:
     return Kind(name, command, _targets("/v1/inspect"))
 
 
+def _pair(name: str) -> Kind:
+    def command(bundle: Path, port: int, folder: Path) -> list[str]:
+        flags = ours(name).command(bundle, port, folder)
+        flags = flags[flags.index("--models") :]
+        place = ["--port", str(port), "--folder", str(folder / "nginx")]
+        return [sys.executable, "-m", "bench.pair", *place, *flags]
+
+    return Kind(name, command, _targets("/v1/inspect"), install="apt-get install nginx")
+
+
 def _peer(name: str, *module: str, **options: object) -> Kind:
     python = str(ENVIRONMENTS / name / "bin" / "python")
 
@@ -73,6 +86,7 @@ KINDS = {
     for kind in (
         ours("ours"),
         ours("ours-cpu", "--device", "cpu"),
+        _pair(PAIR),
         _peer("litserve", "-m", "bench.peers.litserve", "{port}"),
         _peer("ray", "-m", "bench.peers.ray", "{port}"),
         _peer(

@@ -39,7 +39,7 @@ import uvloop
 
 from bench import graphs, load, processes, report
 from bench.report import CLIENTS, MOST
-from bench.servers import ENVIRONMENTS, KINDS, Kind, Server, ours, serving
+from bench.servers import ENVIRONMENTS, KINDS, PAIR, Kind, Server, ours, serving
 from service.bundle import Bundle
 from service.detector import Detector
 
@@ -135,14 +135,16 @@ class Bench:
         ]
 
     def _takers(self, graph: str) -> list[str]:
-        """Who is measured: ours on the peers' provider only where `auto` finds another one."""
+        """Who is measured: ours on the peers' provider only where `auto` finds another one, and two
+        of ours only where the graph leaves cores idle."""
         bundle = self.bundles[graph]
         found = Detector(bundle.read_graph(), bundle.manifest.image_size, "auto").device
-        skipped = {"ours-cpu"} if found == "cpu" and "ours" in self.plan.only else set()
+        needless = {"ours-cpu": found == "cpu", PAIR: graph != "light"}
+        skipped = {name for name in needless if needless[name] and "ours" in self.plan.only}
         takers = []
         for name in self.plan.only:
             if name != ENGINE and not KINDS[name].installed():
-                print(f"{name} is not installed: make bench-peers", file=sys.stderr)
+                print(f"{name} is not installed: {KINDS[name].install}", file=sys.stderr)
             elif name not in skipped:
                 takers.append(name)
         return takers

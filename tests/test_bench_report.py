@@ -107,6 +107,20 @@ def test_on_the_peers_provider_ours_is_the_one_that_was_told_to_use_it():
     assert goal(rows, "that it chooses").found == Found([2.5])
 
 
+def test_two_services_are_told_beside_the_one_and_never_for_it():
+    rows = [row("ours", 100), row("ray", 200), row("engine", 250)]
+    named = "two services behind nginx"
+    assert not [each for each in goals(rows) if named in each.name]
+    rows.append(row("ours-pair", 300, p99_ms=4.5))
+    found = {each.name: each for each in goals(rows)}
+    assert [each.found for name, each in found.items() if named in name] == [
+        Found([1.5]),
+        Found([1.2]),
+        Found([0.5]),
+    ]
+    assert goal(rows, "light: images/s over the best peer's").found == Found([0.5])
+
+
 def test_each_graph_has_goals_whether_or_not_another_one_was_measured_on_two_devices():
     rows = [row("ours", 300), row("engine", 300), row("ray", 150)]
     rows += [row("ours", 50, graph="resnet18"), row("ours-cpu", 30, graph="resnet18")]

@@ -8,6 +8,7 @@ import shlex
 import sqlite3
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,9 +17,9 @@ import pytest
 from PIL import Image
 from test_serve import wait_for
 
-from bench import graphs, processes, report, servers, serving
+from bench import graphs, pair, processes, report, servers, serving
 from bench.load import picture_request
-from bench.servers import KINDS, PEERS, Server
+from bench.servers import KINDS, PAIR, PEERS, Server
 from service import heatmap, image
 from service.bundle import Bundle
 from service.detector import Detector
@@ -193,10 +194,20 @@ def test_a_paused_server_stands_still_and_goes_on_and_ends_for_good(folder, tmp_
     assert processes.cpu_s(server.pid) == 0  # no such process
 
 
-@pytest.mark.parametrize("name", ["ours-cpu", *PEERS])
+def test_two_of_ours_are_measured_where_the_graph_leaves_cores_idle(folder, monkeypatch):
+    monkeypatch.setattr(pair, "NGINX", "nginx")
+    asked = serving.Plan(["load"], ["ours", PAIR], ["light"], ["none"], [1], 1, 0.1, folder)
+    bench = serving.Bench(asked)
+    assert bench._takers("light") == ["ours", PAIR]
+    assert bench._takers("resnet18") == ["ours"]
+    alone = serving.Bench(replace(asked, only=[PAIR]))
+    assert alone._takers("resnet18") == [PAIR]
+
+
+@pytest.mark.parametrize("name", ["ours-cpu", PAIR, *PEERS])
 def test_everybody_gives_the_answer_that_the_engine_does(folder, tmp_path, name):
     if not KINDS[name].installed():
-        pytest.skip(f"{name} is not installed: make bench-peers")
+        pytest.skip(f"{name} is not installed: {KINDS[name].install}")
     bundle = graphs.write(folder / "models")[1]
     detector = Detector(bundle.read_graph(), bundle.manifest.image_size, "cpu")
     pixels, _ = image.decode_to(picture(), bundle.manifest.image_size)

@@ -1,9 +1,6 @@
 """docker/nginx.conf in a real nginx: TLS, two services, and one after the other restarted."""
 
-import os
-import shutil
 import ssl
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +11,13 @@ from conftest import encoded, normal_pictures, picture
 from test_replicas import replicas
 from test_serve import Server, certificate, wait_for
 
+from bench import pair
 from training.rehearsal import free_port
 
 __all__ = ["certificate", "replicas"]  # fixtures
 
-ROOT = Path(__file__).parents[1]
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 pytestmark = pytest.mark.skipif(
-    NGINX is None, reason="no nginx is installed: apt-get install nginx"
+    pair.NGINX is None, reason="no nginx is installed: apt-get install nginx"
 )
 PICTURE = encoded(picture())
 Start = Callable[..., list[Server]]
@@ -32,28 +28,13 @@ class Proxy:
 
     def __init__(self, folder: Path, services: list[Server], certificate: Path) -> None:
         port = free_port()
-        site = (ROOT / "docker" / "nginx.conf").read_text()
-        for old, new in (
-            ("127.0.0.1:8000", f"127.0.0.1:{services[0].port}"),
-            ("127.0.0.1:8001", f"127.0.0.1:{services[1].port}"),
-            ("listen 443", f"listen 127.0.0.1:{port}"),
-            ("/etc/nginx/skrd4ad.pem", str(certificate / "certificate.pem")),
-            ("/etc/nginx/skrd4ad.key", str(certificate / "key.pem")),
-        ):
-            assert old in site
-            site = site.replace(old, new)
-        (folder / "site.conf").write_text(site)
-        user = "user root;" if os.getuid() == 0 else ""  # else its workers couldn't read the folder
-        (folder / "nginx.conf").write_text(
-            f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-            f"http {{ access_log off; client_body_temp_path {folder}/body;\n"
-            f"proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;\n"
-            f"uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;\n"
-            f"include {folder}/site.conf; }}"
+        listen = f"listen 127.0.0.1:{port} ssl;"
+        for name, file in (("certificate", "certificate.pem"), ("certificate_key", "key.pem")):
+            listen += f" ssl_{name} {certificate / file};"
+        self._process = pair.started(
+            folder, pair.site(listen, [service.port for service in services])
         )
         self.errors = folder / "error.log"
-        command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self.trusting = ssl.create_default_context(cafile=certificate / "certificate.pem")
         self.client = httpx2.Client(
             base_url=f"https://127.0.0.1:{port}", verify=self.trusting, timeout=60
