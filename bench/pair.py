@@ -1,6 +1,6 @@
 """Two services behind nginx, as docker/nginx.conf has them: for more than one process can do.
 
-    python -m bench.pair --port 8080 --folder /tmp/pair --models models [more flags of `serve`]
+    python -m bench.pair --port 8080 --services 8000 8001 --folder /tmp/pair [flags of `serve`]
 
 They share one database. Plain HTTP, as no peer is asked by TLS.
 """
@@ -18,8 +18,6 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.rehearsal import free_port
-
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 _LISTENER = r"listen 443 ssl;\s+ssl_certificate .*;\s+ssl_certificate_key .*;"
 SITE = Path(__file__).parents[1] / "docker" / "nginx.conf"
@@ -32,9 +30,7 @@ def site(listen: str, services: Sequence[int]) -> str:
     text = SITE.read_text()
     for shipped, port in zip((8000, 8001), services, strict=True):
         text = _replaced(f"127.0.0.1:{shipped}", f"127.0.0.1:{port}", text)
-    return _replaced(
-        r"listen 443 ssl;\s+ssl_certificate .*;\s+ssl_certificate_key .*;", listen, text
-    )
+    return _replaced(_LISTENER, listen, text)
 
 
 def _replaced(pattern: str, new: str, text: str) -> str:
@@ -64,27 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pair", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--port", type=int, required=True, help="of nginx")
+    parser.add_argument("--services", type=int, nargs=2, required=True, help="their ports")
     parser.add_argument("--folder", type=Path, required=True, help="for what nginx writes")
     arguments, flags = parser.parse_known_args(argv)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    ports = [free_port(), free_port()]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     serve = [sys.executable, "-m", "service", "serve", *flags]
-    running = [subprocess.Popen([*serve, "--port", str(port)]) for port in ports]
+    running: list[subprocess.Popen[bytes]] = []
     try:
-        while not all(_ready(port) for port in ports):
-            if any(service.poll() is not None for service in running):
-                return 1
+        for port in arguments.services:
+            running.append(subprocess.Popen([*serve, "--port", str(port)]))
+        while _all_run(running) and not all(map(_ready, arguments.services)):
             time.sleep(POLL_S)
         listen = f"listen 127.0.0.1:{arguments.port};"
-        running.append(started(arguments.folder.resolve(), site(listen, ports)))
-        running[-1].wait()
-        return 1
+        running.append(started(arguments.folder.resolve(), site(listen, arguments.services)))
+        while _all_run(running):
+            time.sleep(POLL_S)
+        return 1  # what is left of it is no pair
     finally:
         for process in reversed(running):
             process.terminate()
         for process in running:
             process.wait()
+
+
+def _all_run(processes: Sequence["subprocess.Popen[bytes]"]) -> bool:
+    return all(process.poll() is None for process in processes)
 
 
 def _ready(port: int) -> bool:

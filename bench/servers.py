@@ -56,7 +56,8 @@ def ours(name: str, *flags: str) -> Kind:
         return [
             *(sys.executable, "-m", "service", "serve", "--port", str(port)),
             *("--models", str(bundle.parent.parent), "--log-level", "warning"),
-            *("--database-url", f"sqlite:///{folder / 'state.sqlite'}", *flags),
+            # Of its own: another one may be paused while it writes.
+            *("--database-url", f"sqlite:///{folder / name}.sqlite", *flags),
         ]
 
     return Kind(name, command, _targets("/v1/inspect"))
@@ -64,9 +65,11 @@ def ours(name: str, *flags: str) -> Kind:
 
 def _pair(name: str) -> Kind:
     def command(bundle: Path, port: int, folder: Path) -> list[str]:
-        flags = ours(name).command(bundle, port, folder)
+        # On the peers' provider, which is what it is compared on.
+        flags = ours(name, "--device", "cpu").command(bundle, port, folder)
         flags = flags[flags.index("--models") :]
-        place = ["--port", str(port), "--folder", str(folder / "nginx")]
+        place = ["--port", str(port), "--services", str(free_port()), str(free_port())]
+        place += ["--folder", str(folder / "nginx")]
         return [sys.executable, "-m", "bench.pair", *place, *flags]
 
     return Kind(name, command, _targets("/v1/inspect"), install="apt-get install nginx")

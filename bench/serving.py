@@ -118,8 +118,7 @@ class Bench:
             if name != ENGINE:
                 found = self._ask(servers[name], graph, render, clients)
                 self._add("load", cell, found)
-                most = clients == MOST and (render == "none" or graph == "light")
-                if most and found["answered"]:  # at once, while the machine is as it was
+                if clients == MOST and found["answered"]:  # at once, while the machine is as it was
                     rate = OPEN_LOAD * found["images_per_s"]
                     found = self._ask(servers[name], graph, render, clients, rate=rate)
                     self._add("load", cell | {"loop": "open"}, found)
@@ -127,12 +126,13 @@ class Bench:
                 self._add("load", cell, self._bare(graph, clients))
 
     def _cells(self, graph: str) -> list[tuple[str, int]]:
-        """Render and clients: where the graph is not light a heatmap's cost hardly shows."""
-        return [
-            (render, clients)
-            for render, clients in product(self.plan.renders, self.plan.clients)
-            if render == "none" or graph == "light" or clients == MOST
-        ]
+        """Render and clients; of everything, a heatmap only where its cost shows: on the light
+        graph, alone and under load."""
+        cells = list(product(self.plan.renders, self.plan.clients))
+        if tuple(self.plan.clients) != CLIENTS:
+            return cells
+        shows = (1, MOST) if graph == "light" else ()
+        return [cell for cell in cells if cell[0] == "none" or cell[1] in shows]
 
     def _takers(self, graph: str) -> list[str]:
         """Who is measured: ours on the peers' provider only where `auto` finds another one, and two

@@ -109,9 +109,12 @@ class StrictRoute(APIRoute):
 
 class RepeatedRoute(StrictRoute):
     """For what is asked the same thousands of times an hour: what FastAPI made of a query and its
-    headers is taken again for the same from a key of the same scope. Endpoints return a Response.
+    headers is taken again for the same from a key of the same scope.
 
-    It takes as long to make as half of all else that the event loop does for an image.
+    It takes as long to make as half of all else that the event loop does for an image. For routes
+    whose parameters are a query's and single headers alone, which return a Response, and whose
+    dependencies look at nothing but the key's scope; raises TypeError for others, as far as they
+    can be told.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -125,6 +128,7 @@ class RepeatedRoute(StrictRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        _check_repeatable(self.dependant)
         headers = [parameter.alias for parameter in self.dependant.header_params]
         made: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -144,6 +148,16 @@ class RepeatedRoute(StrictRoute):
             return answer
 
         return repeat_or_handle
+
+
+def _check_repeatable(dependant: Dependant, *, own: bool = True) -> None:
+    """Raises TypeError where the same query may come with other parameters."""
+    others = [*dependant.path_params, *dependant.cookie_params, *dependant.body_params]
+    others += [] if own else dependant.header_params
+    if others:
+        raise TypeError(f"{others[0].name} may differ where the query is the same")
+    for dependency in dependant.dependencies:
+        _check_repeatable(dependency, own=False)
 
 
 def _query_names(dependant: Dependant) -> Iterator[str]:

@@ -194,6 +194,18 @@ def test_a_paused_server_stands_still_and_goes_on_and_ends_for_good(folder, tmp_
     assert processes.cpu_s(server.pid) == 0  # no such process
 
 
+def test_of_everything_a_heatmap_is_measured_where_its_cost_shows(folder):
+    plan = serving.Plan(
+        ["load"], ["ours"], ["light"], serving.RENDERS, serving.CLIENTS, 1, 1, folder
+    )
+    everything = serving.Bench(plan)
+    plain = [("none", clients) for clients in (1, 4, 8, 32)]
+    assert everything._cells("light") == [*plain, ("heatmap", 1), ("heatmap", 32)]
+    assert everything._cells("resnet18") == plain
+    asked_for = serving.Bench(replace(plan, clients=[8]))
+    assert asked_for._cells("resnet18") == [("none", 8), ("heatmap", 8)]
+
+
 def test_two_of_ours_are_measured_where_the_graph_leaves_cores_idle(folder, monkeypatch):
     monkeypatch.setattr(pair, "NGINX", "nginx")
     asked = serving.Plan(["load"], ["ours", PAIR], ["light"], ["none"], [1], 1, 0.1, folder)

@@ -1,10 +1,10 @@
 """What routes share: a query that comes again is not taken apart again, and means the same."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
+from fastapi import APIRouter, Body, Cookie, Depends, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 
@@ -27,6 +27,8 @@ class Service:
             number: Annotated[int, Query(ge=1)] = 1,
             deadline: Annotated[int | None, Header(alias="X-Deadline")] = None,
         ) -> JSONResponse:
+            if number == 500:
+                raise RuntimeError("of the endpoint")
             id = request.headers["X-Id"]
             return JSONResponse({"number": number, "deadline": deadline, "id": id})
 
@@ -100,7 +102,30 @@ def test_so_many_queries_are_remembered_and_no_more(service: Service) -> None:
         service.ask(f"number={number + 1}")
     made = service.taken_apart
 
-    service.ask(f"number={edge.MAX_REPEATED + 1}")
+    for kept in (2, edge.MAX_REPEATED + 1):
+        service.ask(f"number={kept}")
     assert service.taken_apart == made
     service.ask("number=1")  # the oldest
     assert service.taken_apart == made + 1
+
+
+def test_what_failed_is_taken_apart_again(service: Service) -> None:
+    assert service.ask("number=500").status_code == 500
+    assert service.ask("number=500").status_code == 500
+    assert service.taken_apart == 2
+
+
+def by_path(request: Request, name: str) -> None: ...
+def by_cookie(request: Request, name: Annotated[str, Cookie()]) -> None: ...
+def by_body(request: Request, name: Annotated[str, Body()]) -> None: ...
+def named(name: Annotated[str, Header()]) -> None: ...
+def by_dependency(request: Request, name: Annotated[None, Depends(named)]) -> None: ...
+
+
+@pytest.mark.parametrize("endpoint", [by_path, by_cookie, by_body, by_dependency])
+def test_a_route_whose_answer_hangs_on_more_than_its_query_is_none_to_repeat(
+    endpoint: Callable[..., None],
+) -> None:
+    path = "/v1/{name}" if endpoint is by_path else "/v1/asked"
+    with pytest.raises(TypeError, match="name may differ"):
+        RepeatedRoute(path, endpoint)
