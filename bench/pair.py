@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-_LISTENER = r"listen 443 ssl;\s+ssl_certificate .*;\s+ssl_certificate_key .*;"
 SITE = Path(__file__).parents[1] / "docker" / "nginx.conf"
 POLL_S = 0.05
+_LISTENER = r"listen 443 ssl;\s+ssl_certificate .*;\s+ssl_certificate_key .*;"
 
 
 def site(listen: str, services: Sequence[int]) -> str:
@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for port in arguments.services:
             running.append(subprocess.Popen([*serve, "--port", str(port)]))
-        while _all_run(running) and not all(map(_ready, arguments.services)):
+        while not all(map(_ready, arguments.services)):
+            if not _all_run(running):
+                return 1
             time.sleep(POLL_S)
         listen = f"listen 127.0.0.1:{arguments.port};"
         running.append(started(arguments.folder.resolve(), site(listen, arguments.services)))

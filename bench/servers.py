@@ -38,13 +38,13 @@ class Kind:
     form_field: str | None = None  # of a multipart form; None: the picture is the body
     environment: dict[str, str] = field(default_factory=dict)
     install: str = "make bench-peers"  # what brings what it lacks
+    present: Callable[[], bool] = lambda: True  # what it needs beside its program
 
     def url(self, port: int, render: str) -> str:
         return f"http://127.0.0.1:{port}{self.targets[render]}"
 
     def installed(self) -> bool:
-        there = Path(self.command(Path(), 0, Path())[0]).exists()
-        return there and (self.name != PAIR or pair.NGINX is not None)
+        return Path(self.command(Path(), 0, Path())[0]).exists() and self.present()
 
 
 def _targets(path: str) -> dict[str, str]:
@@ -53,26 +53,35 @@ def _targets(path: str) -> dict[str, str]:
 
 def ours(name: str, *flags: str) -> Kind:
     def command(bundle: Path, port: int, folder: Path) -> list[str]:
-        return [
-            *(sys.executable, "-m", "service", "serve", "--port", str(port)),
-            *("--models", str(bundle.parent.parent), "--log-level", "warning"),
-            # Of its own: another one may be paused while it writes.
-            *("--database-url", f"sqlite:///{folder / name}.sqlite", *flags),
-        ]
+        serve = [sys.executable, "-m", "service", "serve", "--port", str(port)]
+        return [*serve, *_settings(name, bundle, folder), *flags]
 
     return Kind(name, command, _targets("/v1/inspect"))
 
 
+def _settings(name: str, bundle: Path, folder: Path) -> list[str]:
+    return [
+        *("--models", str(bundle.parent.parent), "--log-level", "warning"),
+        # Of its own: another one may be paused while it writes.
+        *("--database-url", f"sqlite:///{folder / name}.sqlite"),
+    ]
+
+
 def _pair(name: str) -> Kind:
     def command(bundle: Path, port: int, folder: Path) -> list[str]:
+        start = [sys.executable, "-m", "bench.pair", "--port", str(port)]
+        start += ["--services", str(free_port()), str(free_port())]
+        start += ["--folder", str(folder / "nginx")]
         # On the peers' provider, which is what it is compared on.
-        flags = ours(name, "--device", "cpu").command(bundle, port, folder)
-        flags = flags[flags.index("--models") :]
-        place = ["--port", str(port), "--services", str(free_port()), str(free_port())]
-        place += ["--folder", str(folder / "nginx")]
-        return [sys.executable, "-m", "bench.pair", *place, *flags]
+        return [*start, *_settings(name, bundle, folder), "--device", "cpu"]
 
-    return Kind(name, command, _targets("/v1/inspect"), install="apt-get install nginx")
+    return Kind(
+        name,
+        command,
+        _targets("/v1/inspect"),
+        install="apt-get install nginx",
+        present=lambda: pair.NGINX is not None,
+    )
 
 
 def _peer(name: str, *module: str, **options: object) -> Kind:

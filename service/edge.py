@@ -93,7 +93,7 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
         if not self.path.startswith("/v1/"):
             return handle
-        known = set(_query_names(self.dependant))
+        known = {p.alias for each in _with_all(self.dependant) for p in each.query_params}
 
         async def check_and_handle(request: Request) -> Response:
             for name in request.query_params:
@@ -150,22 +150,19 @@ class RepeatedRoute(StrictRoute):
         return repeat_or_handle
 
 
-def _check_repeatable(dependant: Dependant, *, own: bool = True) -> None:
+def _check_repeatable(route: Dependant) -> None:
     """Raises TypeError where the same query may come with other parameters."""
-    others = [*dependant.path_params, *dependant.cookie_params, *dependant.body_params]
-    others += [] if own else dependant.header_params
-    if others:
-        raise TypeError(f"{others[0].name} may differ where the query is the same")
-    for dependency in dependant.dependencies:
-        _check_repeatable(dependency, own=False)
+    for each in _with_all(route):
+        headers = [] if each is route else each.header_params
+        for other in (*each.path_params, *each.cookie_params, *each.body_params, *headers):
+            raise TypeError(f"{other.name} may differ where the query is the same")
 
 
-def _query_names(dependant: Dependant) -> Iterator[str]:
-    """Parameters of a route, and of what it depends on."""
-    for parameter in dependant.query_params:
-        yield parameter.alias
+def _with_all(dependant: Dependant) -> Iterator[Dependant]:
+    """A route, and what it depends on."""
+    yield dependant
     for dependency in dependant.dependencies:
-        yield from _query_names(dependency)
+        yield from _with_all(dependency)
 
 
 @asynccontextmanager

@@ -95,13 +95,13 @@ class Inspector:
         calibration, limit = _limit(
             model, profile, threshold
         )  # once: it may be replaced at any time
+        decision = decide(answer.prediction.score, limit)
+        anomalous = decision == "anomalous"
         rendering = time.perf_counter()
 
         def depict() -> Inspected:
             anomaly_map, score = answer.prediction.anomaly_map, answer.prediction.score
-            decision = decide(score, limit)
             picture = self._render(render, picture_type, anomaly_map, limit, decoded.size, data)
-            anomalous = decision == "anomalous"
             found = regions.find(anomaly_map, limit, decoded.size) if anomalous else []
             shown = picture if picture_type is None else None
             inspection = Inspection(
@@ -132,8 +132,7 @@ class Inspector:
             return Inspected(inspection, picture, inspection.model_dump_json().encode())
 
         # A good part without a picture is done sooner than a worker would be called.
-        drawn = render != "none" or answer.prediction.score >= limit
-        if drawn:
+        if render != "none" or anomalous:
             loop = asyncio.get_running_loop()
             inspected = await loop.run_in_executor(self._workers, depict)
         else:

@@ -579,7 +579,7 @@ def test_an_encrypted_key_asks_nobody_for_its_password(certificate: Path, tmp_pa
     )
 
     assert result.returncode == 1
-    assert "not encrypted" in result.stderr
+    assert "the key must be that of the certificate, and not encrypted" in result.stderr
 
 
 def test_a_port_that_is_taken_stops_the_start_with_its_number(
