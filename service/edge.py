@@ -111,7 +111,7 @@ class RepeatedRoute(StrictRoute):
     """For what is asked the same thousands of times an hour: what FastAPI made of a query and its
     headers is taken again for the same from a key of the same scope.
 
-    It takes as long to make as half of all else that the event loop does for an image. For routes
+    To make it is a large part of what the event loop does for an image. For routes
     whose parameters are a query's and single headers alone, which return a Response, and whose
     dependencies look at nothing but the key's scope; raises TypeError for others, as far as they
     can be told.
