@@ -331,7 +331,9 @@ class Registry:
 
     async def _take_up_now(self, name: str) -> None:
         """Take up what is wanted of a model now, whatever was refused a moment ago."""
-        await self._changed(name)  # which may have begun with what was wanted before
+        async with self._following:
+            pass  # what was read before this was decided has begun what it is to change
+        await self._changed(name)
         self._refused.hurry(name)
         self._refused_shadows.hurry(name)
         await self._follow_rollouts()

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,7 +15,10 @@ from test_serve import wait_for
 from service import shadow
 from service.app import create_app
 from service.bundle import Bundle
+from service.registry import Registry
+from service.rollouts import Rollout, Rollouts
 from service.settings import Settings
+from service.store import Graph
 
 Write = Callable[..., Bundle]
 SHADOW = "/v1/models/part/shadow"
@@ -132,6 +136,42 @@ def test_a_shadow_of_another_size_gets_the_picture_at_its_own(
     inspect(tried, encoded(picture(0.2)))
 
     wait_for(lambda: tell(tried)["same"] == 1, "not compared")
+
+
+def test_what_was_read_before_a_shadow_was_set_does_not_keep_it_waiting(
+    tried: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first shadow pins what serves. A look at the database between the two writes takes up
+    the pinned version alone, slowly, when the shadow is there already."""
+    wanted, set_shadow, lacks = Rollouts.wanted, Rollouts.set_shadow, Registry._lacks
+    read, written = threading.Event(), threading.Event()
+
+    def wanted_before(rollouts: Rollouts) -> Rollout:
+        rollout = wanted(rollouts)
+        if rollout.active and not rollout.shadows:
+            read.set()
+            assert written.wait(60)
+            time.sleep(0.2)
+        return rollout
+
+    def set_after_a_look(rollouts: Rollouts, graph: Graph, *, by: str) -> None:
+        assert read.wait(60)
+        set_shadow(rollouts, graph, by=by)
+        written.set()
+
+    def lacks_slowly(registry: Registry, graph: Graph) -> str | None:
+        if graph.version == 1:
+            time.sleep(0.5)
+        return lacks(registry, graph)
+
+    monkeypatch.setattr(Rollouts, "wanted", wanted_before)
+    monkeypatch.setattr(Rollouts, "set_shadow", set_after_a_look)
+    monkeypatch.setattr(Registry, "_lacks", lacks_slowly)
+
+    assert tried.put(SHADOW, params={"version": 2}).status_code == 200
+    inspect(tried, encoded(picture(0.2)))
+
+    wait_for(lambda: compared(tried) == 1, "not compared")
 
 
 def test_a_shadow_that_fails_is_counted_and_answers_go_on(
