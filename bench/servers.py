@@ -156,6 +156,7 @@ def serving(
     log = folder / f"{kind.name}.log"
     environment = os.environ | {"BENCH_BUNDLE": str(bundle.resolve())} | kind.environment
     environment |= {"BENTOML_HOME": str(folder / "bentoml")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # none compiles itself at each start
     with log.open("wb") as output:
         started = time.perf_counter()
         deadline = started + READY_S
