@@ -187,7 +187,8 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             _growth(rows),
             at_most=1.05,
         ),
-        *(goal for graph in ("light", "resnet18") for goal in _trace_goals(rows, graph)),
+        *_trace_goals(rows, "light"),
+        *(_trace_goals(rows, "resnet18") if _with(rows, part="trace", graph="resnet18") else ()),
         *(
             Goal(f"{graph}: p99 while versions are swapped over that without", found, at_most=2.0)
             for graph in ("light", "resnet18")
