@@ -3,6 +3,8 @@
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -84,6 +86,55 @@ def test_a_proxy_adds_tls_and_passes_keys_and_large_bodies(
     files += [("images", ("large.png", b"x" * 5_000_000, "image/png"))]
     made = client.post("/v1/calibrate", files=files, params={"target_fpr": 0.05})
     assert made.status_code == 201, made.text
+
+
+@contextmanager
+def answering(status: int) -> Iterator[ThreadingHTTPServer]:
+    """Something in place of a service, which answers this to every POST; `posts` counts them."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            server.posts += 1
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.port, server.posts = server.server_address[1], 0
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_what_one_service_fails_to_inspect_the_other_inspects(
+    status: int, start_proxy: Callable[..., Proxy]
+) -> None:
+    with answering(status) as failing, answering(200) as healthy:
+        client = start_proxy([failing, healthy]).client
+        inspections = [client.post("/v1/inspect", content=PICTURE).status_code for _ in range(20)]
+        assert inspections == [200] * 20
+        assert failing.posts > 0 and healthy.posts == 20
+
+        before = failing.posts + healthy.posts
+        calibrations = [client.post("/v1/calibrate", content=b"x").status_code for _ in range(20)]
+        assert set(calibrations) == {200, status}
+        assert failing.posts + healthy.posts == before + 20  # nothing is calibrated twice
 
 
 def test_services_are_restarted_one_after_the_other_and_no_request_is_lost(
