@@ -129,9 +129,6 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Pass or fail, and where, with a promised false-positive rate.",
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
-        # What is measured is at /metrics; to look for OpenTelemetry's providers at each request
-        # takes a twentieth of the event loop's time.
-        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.leaving = app.state.hangs = False
     app.add_middleware(Access, keyring=keyring, open_metrics=settings.open_metrics)

@@ -495,6 +495,7 @@ class Registry:
         """Keep a model that was loaded before its bundle came to lie in the models folder."""
         model.calibrations = await asyncio.to_thread(self._in_force, model)
         self._keep(model)
+        await self.take_up(model)  # what was activated meanwhile
 
     async def try_out(self, bundle: Callable[[], Bundle], key: Key) -> Model:
         """A model of a bundle that is not in its place yet; raises as `Loader.load`."""

@@ -1,5 +1,6 @@
 """A version that is tried beside the active one: seen by counters, and by nobody who inspects."""
 
+import itertools
 import logging
 import threading
 import time
@@ -144,7 +145,8 @@ def test_what_was_read_before_a_shadow_was_set_does_not_keep_it_waiting(
     """The first shadow pins what serves. A look at the database between the two writes takes up
     the pinned version alone, slowly, when the shadow is there already."""
     wanted, set_shadow, lacks = Rollouts.wanted, Rollouts.set_shadow, Registry._lacks
-    read, written = threading.Event(), threading.Event()
+    read, written, asked = threading.Event(), threading.Event(), threading.Event()
+    later = itertools.count()
 
     def wanted_before(rollouts: Rollouts) -> Rollout:
         rollout = wanted(rollouts)
@@ -152,6 +154,8 @@ def test_what_was_read_before_a_shadow_was_set_does_not_keep_it_waiting(
             read.set()
             assert written.wait(60)
             time.sleep(0.2)
+        elif rollout.shadows and next(later) >= 2:
+            asked.wait(3)  # or the next look would begin it, whatever the request did
         return rollout
 
     def set_after_a_look(rollouts: Rollouts, graph: Graph, *, by: str) -> None:
@@ -170,6 +174,7 @@ def test_what_was_read_before_a_shadow_was_set_does_not_keep_it_waiting(
 
     assert tried.put(SHADOW, params={"version": 2}).status_code == 200
     inspect(tried, encoded(picture(0.2)))
+    asked.set()
 
     wait_for(lambda: compared(tried) == 1, "not compared")
 
