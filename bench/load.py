@@ -1,7 +1,7 @@
 """Load for an HTTP service: what came back, how soon, and what asking cost.
 
     python -m bench.load --url 'http://127.0.0.1:8000/v1/inspect?render=none' --image part.jpg \\
-      --clients 8 --seconds 5 [--rate 50] [--pid PID] [--json]
+      --clients 8 --seconds 5 [--key TOKEN] [--rate 50] [--pid PID] [--json]
 
 Closed loop: each client sends its next picture when it has its answer. With `--rate` pictures are
 sent at planned moments (Poisson), whoever still waits, and latency counts from the plan, so that a
@@ -147,8 +147,10 @@ class Client:
             self._connection.close()
 
 
-def picture_request(url: str, data: bytes, content_type: str, field: str | None = None) -> bytes:
-    """The picture as the body, or as the only file of a multipart form."""
+def picture_request(
+    url: str, data: bytes, content_type: str, field: str | None = None, key: str | None = None
+) -> bytes:
+    """The picture as the body, or as the only file of a multipart form; with an API key."""
     if field:
         head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="picture"\r\n'
         head += f"Content-Type: {content_type}\r\n\r\n"
@@ -158,9 +160,11 @@ def picture_request(url: str, data: bytes, content_type: str, field: str | None 
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     head = (
         f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n"
+        f"Content-Length: {len(data)}\r\n"
     )
-    return head.encode() + data
+    if key:
+        head += f"Authorization: Bearer {key}\r\n"
+    return head.encode() + b"\r\n" + data
 
 
 async def closed_loop(
@@ -293,10 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
-        "--url", nargs="+", required=True, help="where pictures are posted to; of one host, in turn"
+        "--url",
+        nargs="+",
+        required=True,
+        help="http:// address that pictures are posted to; of one host, in turn",
     )
     add("--image", type=Path, nargs="+", required=True, help=f"{', '.join(CONTENT_TYPES)}; in turn")
     add("--field", help="send a multipart form with the picture in this field (default: raw body)")
+    add("--key", metavar="TOKEN", help="API key to send")
     add("--clients", type=int, default=1, help="of the closed loop (default: 1)")
     add("--seconds", type=float, default=5.0, help="that count (default: 5)")
     add("--warm-up", type=float, default=WARM_UP_S, help=f"seconds before (default: {WARM_UP_S:g})")
@@ -304,10 +312,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pid", type=int, help="of the server, whose processor time and memory are told as well")
     add("--json", action="store_true", help="print everything, as JSON")
     arguments = parser.parse_args(argv)
+    for url in arguments.url:
+        if urlsplit(url).scheme != "http":  # TLS would take more of the cores than all the rest
+            parser.error(f"--url {url}: must begin with http://")
+    for path in arguments.image:
+        if path.suffix not in CONTENT_TYPES or not path.is_file():
+            parser.error(f"--image {path}: must be a file that ends in {', '.join(CONTENT_TYPES)}")
 
     parts = urlsplit(arguments.url[0])
     requests = [
-        picture_request(url, path.read_bytes(), CONTENT_TYPES[path.suffix], arguments.field)
+        picture_request(
+            *(url, path.read_bytes(), CONTENT_TYPES[path.suffix]),
+            field=arguments.field,
+            key=arguments.key,
+        )
         for path, url in product(arguments.image, arguments.url)
     ]
     result = uvloop.run(
@@ -325,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(result)))
     else:
         print(described(result))
-    return 0
+    return 0 if result.answered or arguments.json else 1
 
 
 if __name__ == "__main__":

@@ -232,3 +232,34 @@ def test_a_process_is_measured_with_its_descendants():
     parent.communicate(b"\n")
     assert processes.tree(parent.pid) == [parent.pid]
     assert processes.cpu_s(parent.pid) == processes.resident_mb(parent.pid) == 0
+
+
+def test_a_key_is_sent_with_the_picture():
+    request = picture_request("http://127.0.0.1/inspect", b"pixels", "image/jpeg", key="sk_1")
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert b"\r\nAuthorization: Bearer sk_1" in head and body == b"pixels"
+
+
+@pytest.mark.parametrize(
+    ("url", "image", "told"),
+    [
+        ("https://127.0.0.1/v1/inspect", "part.jpg", "--url https://127.0.0.1/v1/inspect: must"),
+        ("http://127.0.0.1/v1/inspect", "part.gif", "part.gif: must be a file that ends in .jpg"),
+        ("http://127.0.0.1/v1/inspect", "none.jpg", "none.jpg: must be a file that ends in .jpg"),
+    ],
+)
+def test_what_can_not_be_sent_is_refused(url, image, told, tmp_path, capsys):
+    for name in ("part.jpg", "part.gif"):
+        (tmp_path / name).write_bytes(b"pixels")
+    with pytest.raises(SystemExit):
+        load.main(["--url", url, "--image", str(tmp_path / image)])
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_that_nobody_answers_fails(tmp_path, capsys):
+    (tmp_path / "part.jpg").write_bytes(b"pixels")
+    with server(in_turn(BUSY)) as (host, port, *_):
+        words = ["--url", f"http://{host}:{port}/", "--image", str(tmp_path / "part.jpg")]
+        words += ["--seconds", "0.2", "--warm-up", "0"]
+        assert load.main(words) == 1
+    assert "errors: {'429': " in capsys.readouterr().out
