@@ -1,5 +1,5 @@
-"""Lines -> an SVG file: images/s on the left and p99 on the right over a parameter, or anything
-over time."""
+"""Lines -> an SVG file: images/s on the left and a high percentile of latency on the right over a
+parameter, or anything over time."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,18 +22,20 @@ COLOURS = {  # a server has its own in every plot
 OTHER = "#333"
 NOTHING = (1.0,)  # what an axis spans that has nothing on it
 
-Point = tuple[float, float, float | None]  # parameter, images/s, p99 in ms
+Point = tuple[float, float, float | None]  # parameter, images/s, latency in ms
 
 
-def lines(title: str, parameter: str, series: Mapping[str, Sequence[Point]]) -> str:
+def lines(
+    title: str, parameter: str, series: Mapping[str, Sequence[Point]], latency: str = "p99"
+) -> str:
     """Both panels over one logarithmic parameter; a colour and a name for each series, also for one
-    without points."""
+    without points. `latency` says what that of the points is."""
     xs = np.array([point[0] for points in series.values() for point in points] or NOTHING)
     x = Axis(float(xs.min()) / 1.1, float(xs.max()) * 1.1, log=True)
     width, height = 2 * (LEFT + WIDTH) + GAP, TOP + HEIGHT + BOTTOM + 18
     panels = "".join(
         _panel(LEFT + number * (WIDTH + GAP + LEFT // 2), number + 1, label, parameter, x, series)
-        for number, label in enumerate(("images/s", "p99, ms"))
+        for number, label in enumerate(("images/s", f"{latency}, ms"))
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '

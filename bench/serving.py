@@ -194,7 +194,7 @@ class Bench:
 
     def _trace(self) -> None:
         """Two of ours in turns, which differ in nothing else, each with a database of its own."""
-        for graph in self._telling():
+        for graph in telling(self.plan):
             with contextlib.ExitStack() as stack:
                 servers = {}
                 for name, traced in report.TRACED.items():
@@ -208,18 +208,8 @@ class Bench:
                         cell = {"server": name, "graph": graph, "round": number, "clients": MOST}
                         self._add("trace", cell, found | {"core_ms": core_ms(found)})
 
-    def _telling(self) -> list[str]:
-        """Of everything, the light graph alone: others give too few answers within seconds to tell
-        a few per cent, or a p99."""
-        graphs = list(self.plan.graphs)
-        if tuple(self.plan.parts) != PARTS:
-            return graphs
-        for graph in set(graphs) - {"light"}:
-            print(f"of {graph} by --part trace swap --graph {graph}", file=sys.stderr)
-        return [graph for graph in graphs if graph == "light"]
-
     def _swap(self) -> None:
-        for graph in self._telling():
+        for graph in telling(self.plan):
             folder, name = self.plan.folder / "models-swap", f"{graph}-swapped"
             for version in ("1", "2"):
                 graphs.copied(self.bundles[graph], folder / graph / name / version)
@@ -295,6 +285,18 @@ class Bench:
         row = {"part": part, **cell, **values, "command": command_of(part, cell)}
         self.rows.append(row)
         print(report.brief(row), flush=True)
+
+
+def telling(plan: Plan) -> list[str]:
+    """Graphs to swap and to record with. Of everything the light one alone: others give too few
+    answers within seconds to tell a few per cent, or a p99."""
+    if tuple(plan.parts) != PARTS:
+        return list(plan.graphs)
+    for graph in plan.graphs:
+        if graph != "light":
+            again = f"python -m bench.serving --part trace swap --graph {graph} --seconds 30"
+            print(f"{graph} is too slow to tell within seconds: {again}", file=sys.stderr)
+    return [graph for graph in plan.graphs if graph == "light"]
 
 
 @contextlib.contextmanager

@@ -185,6 +185,18 @@ def test_a_row_in_which_nothing_was_answered_is_told_and_not_drawn():
 def test_without_a_p99_throughput_is_drawn_all_the_same():
     drawn = plots([row("ours", 100.0, p99_ms=None), row("ours", 90.0, clients=1)])
     assert len(circles(drawn["clients-light.svg"])) == 2 + 1
+    assert ">p99, ms<" in drawn["clients-light.svg"]
+
+
+def test_where_no_point_has_a_p99_the_p95_is_drawn_and_said():
+    drawn = plots([row("ours", n, clients=n, p99_ms=None) for n in (1, 4)])["clients-light.svg"]
+    assert len(circles(drawn)) == 4 and ">p95, ms<" in drawn
+
+
+def test_a_p99_that_some_rounds_lack_is_in_no_table():
+    rows = [row("ours", 100.0), row("ours", 100.0, 1, p99_ms=None)]
+    assert "| ours | 100 | 5 | 8 | 9 |" in markdown(rows[:1])
+    assert "| ours | 100 | 5 | 8 |  |" in markdown(rows)
 
 
 def test_every_growth_is_drawn():

@@ -116,6 +116,13 @@ def test_a_server_that_records_takes_turns_with_one_that_does_not(folder):
         assert count > asked if server == "traced" else count == 0  # some to warm up
 
 
+def test_of_everything_only_the_light_graph_records_and_swaps(tmp_path, capsys):
+    whole = serving.Plan(serving.PARTS, [], ["light", "resnet18"], [], [], 1, None, tmp_path)
+    assert serving.telling(whole) == ["light"]
+    assert "--part trace swap --graph resnet18" in capsys.readouterr().err
+    assert serving.telling(replace(whole, parts=["trace"])) == ["light", "resnet18"]
+
+
 def test_a_peer_that_is_not_installed_is_left_out(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(servers, "ENVIRONMENTS", tmp_path)
     nowhere = {"ray": servers._peer("ray", "-m", "bench.peers.ray", "{port}")}
