@@ -492,7 +492,7 @@ class Registry:
         self._drop((name, version))
 
     async def adopt(self, model: Model) -> None:
-        """Keep a model that was loaded before its bundle came to lie in the models folder."""
+        """Keep a model that was loaded, with what is in force for it."""
         model.calibrations = await asyncio.to_thread(self._in_force, model)
         self._keep(model)
         await self.take_up(model)  # what was activated meanwhile
@@ -525,9 +525,7 @@ class Registry:
         async with self._loading:
             await asyncio.to_thread(self._store.stamp)  # away: it would be loaded for nothing
             model = await self._load_beside(*self._asked(name, version))
-            model.calibrations = await asyncio.to_thread(self._in_force, model)
-            self._keep(model)
-        await self.take_up(model)  # what was activated while it was loaded
+            await self.adopt(model)
         return model
 
     async def _load_beside(self, bundle: Callable[[], Bundle], key: Key) -> Model:
