@@ -322,9 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = urlsplit(arguments.url[0])
     requests = [
         picture_request(
-            *(url, path.read_bytes(), CONTENT_TYPES[path.suffix]),
-            field=arguments.field,
-            key=arguments.key,
+            url, path.read_bytes(), CONTENT_TYPES[path.suffix], arguments.field, arguments.key
         )
         for path, url in product(arguments.image, arguments.url)
     ]

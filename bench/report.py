@@ -339,11 +339,16 @@ def _load_table(rows: Sequence[Row]) -> str:
 
 
 def _figure(rows: Sequence[Row], key: str) -> str:
-    """The median, of a p99 where all have one: the others had fewer answers, and not at random."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if not values or (key == "p99_ms" and len(values) < len(rows)):
-        return ""
-    return f"{statistics.median(values):.3g}"
+    """The median: of a p99 where all have one, of anything else of those that do."""
+    there = [row for row in rows if row.get(key) is not None]
+    median = _of_all(rows if key == "p99_ms" else there, key)
+    return "" if median is None else f"{median:.3g}"
+
+
+def _of_all(rows: Sequence[Row], key: str) -> float | None:
+    """The median, where all have one: those that lack a p99 had fewer answers, not by chance."""
+    values = [row[key] for row in rows]
+    return statistics.median(values) if values and None not in values else None
 
 
 def _scaling_table(rows: Sequence[Row]) -> str:
@@ -449,9 +454,7 @@ def _points(rows: Sequence[Row], parameter: str, latency: str) -> list[charts.Po
         (
             place,
             statistics.median(row["images_per_s"] for row in there),
-            None
-            if any(row[latency] is None for row in there)
-            else statistics.median(row[latency] for row in there),
+            _of_all(there, latency),
         )
         for place, there in _grouped(rows, parameter).items()
         if all(row["answered"] for row in there)

@@ -78,6 +78,7 @@ class Plan:
 class Bench:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rows = plan, list[Row]()
+        self.telling = telling(plan)
         self.scratch = plan.folder / "scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.pictures = write_pictures(plan.folder / "pictures", SIDE)
@@ -194,7 +195,7 @@ class Bench:
 
     def _trace(self) -> None:
         """Two of ours in turns, which differ in nothing else, each with a database of its own."""
-        for graph in telling(self.plan):
+        for graph in self.telling:
             with contextlib.ExitStack() as stack:
                 servers = {}
                 for name, traced in report.TRACED.items():
@@ -209,7 +210,7 @@ class Bench:
                         self._add("trace", cell, found | {"core_ms": core_ms(found)})
 
     def _swap(self) -> None:
-        for graph in telling(self.plan):
+        for graph in self.telling:
             folder, name = self.plan.folder / "models-swap", f"{graph}-swapped"
             for version in ("1", "2"):
                 graphs.copied(self.bundles[graph], folder / graph / name / version)
