@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import hypothesis
@@ -381,6 +383,29 @@ def client(settings: Settings, write_bundle: Callable[..., Bundle]) -> Iterator[
     write_bundle()
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
+
+
+@contextmanager
+def listening(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
+    """The port of an HTTP server on threads of its own, whose GET and POST `answer` answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def record(number: int = 0, at: datetime | None = None, **changed: object) -> Record:

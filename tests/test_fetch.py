@@ -6,11 +6,11 @@ import io
 import re
 import stat
 import tarfile
-import threading
 import zipfile
 from dataclasses import dataclass, field
 
 import pytest
+from conftest import listening
 from training_fixtures import normal_picture, np, write_picture
 
 from training import fetch
@@ -49,20 +49,9 @@ class Server:
 def server():
     state = Server()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            state.answer(self)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        state.url = f"http://127.0.0.1:{listening.server_port}/set.archive"
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
+    with listening(state.answer) as port:
+        state.url = f"http://127.0.0.1:{port}/set.archive"
         yield state
-        listening.shutdown()
-        thread.join()
 
 
 PICTURE = b"pixels " * 5000

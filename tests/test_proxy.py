@@ -3,13 +3,12 @@
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx2
 import pytest
-from conftest import encoded, normal_pictures, picture
+from conftest import encoded, listening, normal_pictures, picture
 from test_replicas import replicas
 from test_serve import Server, certificate, wait_for
 
@@ -88,44 +87,28 @@ def test_a_proxy_adds_tls_and_passes_keys_and_large_bodies(
     assert made.status_code == 201, made.text
 
 
-@contextmanager
-def answering(status: int) -> Iterator[ThreadingHTTPServer]:
-    """Something in place of a service, which answers this to every POST; `posts` counts them."""
+class Stub:
+    """In place of a service: answers every POST with a status, and counts them."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def __init__(self, status: int) -> None:
+        self.status, self.posts, self.port = status, 0, 0
 
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def do_POST(self) -> None:
-            server.posts += 1
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.port, server.posts = server.server_address[1], 0
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        asked = handler.command == "POST"
+        if asked:
+            self.posts += 1
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.send_response(self.status if asked else 200)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
 
 
 @pytest.mark.parametrize("status", [500, 503])
 def test_what_one_service_fails_to_inspect_the_other_inspects(
     status: int, start_proxy: Callable[..., Proxy]
 ) -> None:
-    with answering(status) as failing, answering(200) as healthy:
+    failing, healthy = Stub(status), Stub(200)
+    with listening(failing.answer) as failing.port, listening(healthy.answer) as healthy.port:
         client = start_proxy([failing, healthy]).client
         inspections = [client.post("/v1/inspect", content=PICTURE).status_code for _ in range(20)]
         assert inspections == [200] * 20
